@@ -1,0 +1,51 @@
+"""HiCI attention for pretrained language models: the public names.
+
+Names load on first use (PEP 562), so ``import hici`` and ``hici --help`` do not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hici._version import __version__
+
+if TYPE_CHECKING:
+    from hici.adapters.directory import from_pretrained, save_pretrained
+    from hici.adapters.lora import add_lora
+    from hici.config import HiCIConfig
+    from hici.models.attach import attach, detach, reconfigure
+    from hici.rope import extend_rope
+
+_PUBLIC = {
+    "HiCIConfig": "hici.config",
+    "add_lora": "hici.adapters.lora",
+    "attach": "hici.models.attach",
+    "detach": "hici.models.attach",
+    "extend_rope": "hici.rope",
+    "from_pretrained": "hici.adapters.directory",
+    "reconfigure": "hici.models.attach",
+    "save_pretrained": "hici.adapters.directory",
+}
+
+__all__ = [
+    "HiCIConfig",
+    "__version__",
+    "add_lora",
+    "attach",
+    "detach",
+    "extend_rope",
+    "from_pretrained",
+    "reconfigure",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hici' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,252 @@
+"""What the verbs share: flags for a model and its segments, and loading the model that they name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hici.registry import suggest
+
+ATTENTIONS = ("full", "hici", "hici_s2")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_RECORD_FILE = "hici_config.json"  # hici.adapters.directory.CONFIG_FILE, without importing torch
+
+MODEL_HELP = "directory of hici.save_pretrained, directory of a transformers model, or a hub name"
+
+LOADING_NOTES = """\
+MODEL is a directory that hici wrote (it has hici_config.json), or any transformers causal LM. Attention hici on a
+plain model has no trained slots, so it needs --no-slots (segments alone, a baseline) and --segment-size or
+--num-segments; hici_s2 (shifted sparse attention) needs only the segments."""
+
+
+class Loaded(NamedTuple):
+    """A model ready for use, its tokenizer, and what to say about it in a result."""
+
+    model: Any
+    tokenizer: Any
+    about: dict[str, Any]
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """MODEL and how to load it."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group = parser.add_argument_group("loading")
+    group.add_argument("--base-model", metavar="NAME", help="base for a hici directory (default: the recorded one)")
+    group.add_argument("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default auto: as the weights are stored")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+
+
+def add_segment_flags(parser: argparse.ArgumentParser) -> None:
+    """Segments, visibility and slots, on top of what the directory says."""
+    group = parser.add_argument_group("segments (default: as the directory says)")
+    group.add_argument("--segment-size", type=positive, metavar="S", help="tokens in a segment")
+    group.add_argument("--num-segments", type=positive, metavar="N", help="segments of ceil(tokens / N)")
+    group.add_argument("--visibility", choices=("all", "current", "past"), help="what a slot may summarise; "
+                       "only past is causal")  # fmt: skip
+    group.add_argument("--no-slots", action="store_true", help="segments without slots")
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+    return value
+
+
+def load(args: argparse.Namespace, attentions: list[str]) -> Loaded:
+    """The model that `args` name, prepared for every mode of `attentions`, in mode "full", with its tokenizer.
+
+    Raises:
+        ValueError: no such model; incomplete weights; flags that do not go with it.
+    """
+    _check_segment_flags(args, attentions)
+    prepare_torch(args)
+    ours = is_hici_directory(args.model)
+    model = _load_ours(args) if ours else _load_plain(args, attentions)
+    tokenizer = load_tokenizer(args, ours)
+    return Loaded(model, tokenizer, _describe(args, model, ours))
+
+
+def is_hici_directory(name: str) -> bool:
+    """Whether hici wrote it. Raises ValueError for a path without a model, naming what is missing."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / _RECORD_FILE).is_file():
+            return True
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{name} is a PEFT adapter without {_RECORD_FILE}, so hici.save_pretrained did not write it, or the "
+                "file was lost; copy it again"
+            )
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name} has neither {_RECORD_FILE} nor config.json, so it holds no model; check the path")
+        return False
+    if path.is_file():
+        raise ValueError(f"{name} is a file, but a model is a directory or a hub name; give its directory")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ValueError(f"{name} does not exist, and it is no hub name (owner/name); check the path")
+    return False
+
+
+def prepare_torch(args: argparse.Namespace) -> None:
+    """CPU threads, and the check that the device is there."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # the bar of loading weights fills a log file
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device}: no such device; give auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use; "
+            "give --device cpu or auto"
+        )
+
+
+def load_tokenizer(args: argparse.Namespace, ours: bool) -> Any:
+    """The directory's tokenizer, else the base's."""
+    from transformers import AutoTokenizer
+
+    from hici.models.load import first_line
+
+    source = args.model
+    if ours and not (Path(source) / "tokenizer_config.json").is_file():
+        from hici.adapters.directory import read_record
+
+        source = args.base_model or read_record(source).base_model
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the tokenizer of {source} could not be loaded ({first_line(error)}); put the tokenizer's "
+                         "files beside the model")  from error  # fmt: skip
+
+
+def _load_ours(args: argparse.Namespace) -> Any:
+    from hici.adapters.directory import from_pretrained
+    from hici.models.attach import reconfigure
+
+    model = from_pretrained(
+        args.model,
+        base_model=args.base_model,
+        attention="full",
+        dtype=_dtype(args),
+        device_map=None if args.device == "cpu" else args.device,
+    )
+    changes: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("segment_size", args.segment_size),
+            ("num_segments", args.num_segments),
+            ("visibility", args.visibility),
+        )
+        if value is not None
+    }
+    if args.no_slots:
+        changes |= {"use_global": False, "use_local": False}
+    if changes:
+        reconfigure(model, **changes)
+    return model
+
+
+def _load_plain(args: argparse.Namespace, attentions: list[str]) -> Any:
+    if args.base_model is not None:
+        raise ValueError(f"--base-model {args.base_model} is for a hici directory, but {args.model} is a plain model")
+    needs_segments = [mode for mode in attentions if mode != "full"]
+    if needs_segments:
+        _check_plain_flags(args, needs_segments)
+    from hici.models.load import load_plain_model
+
+    model = load_plain_model(args.model, _dtype(args), None if args.device == "cpu" else args.device)
+    if needs_segments:
+        from hici.config import HiCIConfig
+        from hici.models.attach import attach
+        from hici.models.modes import set_attention
+
+        # no slots, so the modules are never used: as small as can be
+        small = HiCIConfig(
+            num_local_slots=1,
+            num_global_slots=1,
+            num_heads=1,
+            bottleneck_dim=1,
+            compress_dim=1,
+            use_global=False,
+            use_local=False,
+            segment_size=args.segment_size,
+            num_segments=args.num_segments,
+        )
+        attach(model, small)
+        set_attention(model, "full")
+    return model
+
+
+def _check_segment_flags(args: argparse.Namespace, attentions: list[str]) -> None:
+    for mode in attentions:
+        if mode not in ATTENTIONS:
+            raise ValueError(suggest(mode, ATTENTIONS, "value of --attention"))
+    given = [
+        flag
+        for flag, value in (
+            ("--segment-size", args.segment_size),
+            ("--num-segments", args.num_segments),
+            ("--visibility", args.visibility),
+            ("--no-slots", args.no_slots),
+        )
+        if value
+    ]
+    if given and all(mode == "full" for mode in attentions):
+        raise ValueError(f"{given[0]} changes nothing in attention full; add --attention hici, or drop it")
+    if args.visibility and "hici" not in attentions:
+        raise ValueError(f"--visibility {args.visibility} changes nothing without --attention hici; drop it")
+    if args.visibility and args.no_slots:
+        raise ValueError(f"--visibility {args.visibility} with --no-slots: there is no slot to see; drop one of them")
+
+
+def _check_plain_flags(args: argparse.Namespace, attentions: list[str]) -> None:
+    if "hici" in attentions and not args.no_slots:
+        raise ValueError(
+            f"--attention hici on {args.model}, a plain model: its slots would be fresh random ones, and the result "
+            "would say nothing; give a directory that `hici train` wrote, or --no-slots for segments alone"
+        )
+    if args.segment_size is None and args.num_segments is None:
+        raise ValueError(
+            f"--attention {attentions[0]} on {args.model}, a plain model, which says nothing of segments; give "
+            "--segment-size or --num-segments"
+        )
+
+
+def _describe(args: argparse.Namespace, model: Any, ours: bool) -> dict[str, Any]:
+    from hici.models.attach import get_causal_lm, get_decoder, hici_config, is_attached
+    from hici.models.fingerprint import base_fingerprint
+
+    lm = get_causal_lm(model)
+    attached = is_attached(model)
+    return {
+        "path": str(args.model),
+        "kind": "hici directory" if ours else "plain",
+        "base_model": lm.config.name_or_path,
+        "base_fingerprint": get_decoder(model).hici_attached.base_fingerprint if attached else base_fingerprint(lm),
+        "model_type": lm.config.model_type,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        "hici": hici_config(model).to_dict() if attached else None,
+        "max_position_embeddings": lm.config.max_position_embeddings,
+        "rope_parameters": dict(lm.config.rope_parameters),
+    }
+
+
+def _dtype(args: argparse.Namespace) -> str | None:
+    return None if args.dtype == "auto" else args.dtype

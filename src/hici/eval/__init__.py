@@ -1,0 +1,1 @@
+"""Measurements of a model: perplexity, and differences between modes with their uncertainty."""

@@ -1,0 +1,123 @@
+"""Files that are whole or absent: written under a temporary name, synced, moved into place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_directory(target: str | Path, *, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
+    """Yield a temporary directory beside `target`; on success it becomes `target`, on an error nothing changes.
+
+    `marker`: a file that a directory of this kind holds; only such a one is replaced.
+
+    Raises:
+        ValueError: as `check_target`.
+    """
+    target = Path(target)
+    check_target(target, overwrite=overwrite, marker=marker)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            _sync(path)
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is for the temporary only
+        _swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(target: str | Path, *, overwrite: bool = False, marker: str | None = None) -> None:
+    """Whether a directory may be written at `target`.
+
+    Raises:
+        ValueError: it is a file; it is not empty and `overwrite` is False; it is not empty and lacks `marker`, so that
+            it is something else than what is to be replaced.
+    """
+    target = Path(target)
+    if target.is_file():
+        raise ValueError(f"{target} is a file, but a directory is to be written there; give another name")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{target} exists and is not empty, and nothing is overwritten silently; give another directory or "
+            "overwrite=True (--overwrite true in `hici train`)"
+        )
+    if marker is not None and not (target / marker).is_file():
+        raise ValueError(
+            f"{target} holds no {marker}, so it is no directory of this kind, and overwriting would delete what it "
+            "holds; give another directory"
+        )
+
+
+def write_text(target: str | Path, text: str) -> Path:
+    """Write a text file in UTF-8; a reader sees the old content or the new, never a part."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def write_json(target: str | Path, value: Any) -> Path:
+    """Write indented JSON; NaN and infinity raise ValueError, since they are not JSON."""
+    return write_text(target, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON. Raises ValueError naming the file when it is missing or not JSON."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; it should be a JSON file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it or write it again") from error
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Rename into place; an old directory steps aside first and is removed only after the new one stands."""
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.rename(target, aside / "old")
+    try:
+        os.rename(temporary, target)
+    except BaseException:  # an interrupt too: the old one goes back
+        os.rename(aside / "old", target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

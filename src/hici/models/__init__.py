@@ -1,0 +1,1 @@
+"""HiCI on Hugging Face models: the only package that imports transformers' model classes."""

@@ -1,0 +1,51 @@
+"""The attention modes of one model under their short names: "full", "hici", "hici_s2"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hici.models.attach import get_causal_lm, get_decoder, hici_config, is_attached
+from hici.models.bridge import HICI, MODES
+from hici.registry import suggest
+
+FULL = "full"
+ATTENTIONS = (FULL, *MODES)
+
+
+def attention_mode(model: Any) -> str:
+    """The mode that the model is in: "hici", "hici_s2", or "full" for any attention of transformers."""
+    implementation = get_causal_lm(model).config._attn_implementation
+    return implementation if implementation in MODES else FULL
+
+
+def set_attention(model: Any, attention: str) -> None:
+    """Switch the mode, in place. "full" is the attention that the model had before `attach`.
+
+    Raises:
+        ValueError: an unknown mode; "hici" or "hici_s2" on a model without HiCI.
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(suggest(attention, ATTENTIONS, "attention"))
+    lm = get_causal_lm(model)
+    if attention != FULL:
+        if not is_attached(model):
+            raise ValueError(
+                f"attention {attention!r} on a model without HiCI modules; call hici.attach(model, HiCIConfig(...)) "
+                "first, or use attention 'full'"
+            )
+        lm.set_attn_implementation(attention)
+    elif attention_mode(model) != FULL:
+        lm.set_attn_implementation(get_decoder(model).hici_attached.stock_attention)
+
+
+def visibility_in_use(model: Any) -> str | None:
+    """The visibility that the present mode works with; None where no slots are used (full, hici_s2, slots off)."""
+    if attention_mode(model) != HICI:
+        return None
+    config = hici_config(model)
+    return config.visibility if config.use_global or config.use_local else None
+
+
+def leaks_future(model: Any) -> bool:
+    """Whether a token sees its own future in the present mode (slots with visibility "all" or "current")."""
+    return visibility_in_use(model) in ("all", "current")

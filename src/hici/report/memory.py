@@ -1,0 +1,88 @@
+"""Memory of training and of generation, estimated from an architecture's numbers alone.
+
+Symbols: B sequences, T tokens, L layers, D width, I width of the MLP, H query heads, J key/value heads, E head
+dimension, V vocabulary, h and M heads and slots of local construction, b bytes of a number (2 for bfloat16).
+
+    training    = weights + gradients + optimizer + checkpoints + one layer + loss
+      weights     b x frozen parameters + 4 x trained  trained ones (PEFT's copies too) are float32 in `hici train`
+      gradients   4 x trained parameters
+      optimizer   8 x trained parameters               AdamW: two float32 numbers each
+      checkpoints 4 B T L D                            the input of every layer; the rest is computed again. Float32:
+                                                       trained embeddings and norms make the residual stream so
+      one layer   B T (2 (4 + 2b) D                    two norms: float32 input, normalised, output
+                       + 5 b H E                       q, k, v, output, and the input of o_proj
+                       + 6 b I                         gate, up, act, product, and the gradients of two
+                       + (4 + b) h M)                  weights of local construction
+      loss        n (2 b + 8) with n = min(B T V, 2^25)  a chunk of logits and its gradient, in b bytes and float32
+    generation  = weights + KV cache + one layer's prefill
+      weights     b x the model's parameters (adapters merged or not makes little difference)
+      KV cache    2 B T L J E b                        attention full, or hici with raw keys
+      prefill     B T (4 D + b (2 D + max(6 H E, 3 I)))
+
+Not in it: what the allocator and the libraries keep for themselves, the data, other processes. An estimate: the
+layer's term is tested against the tensors that autograd really saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LOSS_CHUNK = 2**25  # logits held at a time, as in hici.models.loss
+TRAINED_BYTES = 4
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimate needs of a model; see the module for the symbols.
+
+    Attributes:
+        parameters: all of the model with HiCI, without adapters.
+        held_in_training: those that are in memory when it is trained (adapters and trained copies too).
+        trained: those that get gradients.
+    """
+
+    layers: int
+    width: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    local_scores: int  # h M
+    parameters: int
+    held_in_training: int
+    trained: int
+
+
+def layer_bytes_per_token(shape: Shape, number_bytes: int) -> int:
+    """What one layer keeps for its backward pass, in bytes a token (the gradients of two MLP tensors left out)."""
+    norms = 2 * (4 + 2 * number_bytes) * shape.width
+    attention = 5 * number_bytes * shape.heads * shape.head_dim
+    mlp = 4 * number_bytes * shape.mlp_width
+    return norms + attention + mlp + (4 + number_bytes) * shape.local_scores
+
+
+def training_memory(shape: Shape, tokens: int, *, batch: int = 1, number_bytes: int = 2) -> dict[str, int]:
+    """Bytes by part, with checkpointing of every layer, attention hici."""
+    rows = batch * tokens
+    chunk = min(rows * shape.vocabulary, LOSS_CHUNK)
+    return {
+        "weights": number_bytes * (shape.held_in_training - shape.trained) + TRAINED_BYTES * shape.trained,
+        "gradients": TRAINED_BYTES * shape.trained,
+        "optimizer": 8 * shape.trained,
+        "checkpoints": rows * shape.layers * shape.width * TRAINED_BYTES,
+        "one layer": rows * (layer_bytes_per_token(shape, number_bytes) + 2 * number_bytes * shape.mlp_width),
+        "loss": chunk * (2 * number_bytes + 8),
+    }
+
+
+def generation_memory(shape: Shape, tokens: int, *, batch: int = 1, number_bytes: int = 2) -> dict[str, int]:
+    """Bytes by part at the end of `tokens` tokens, with the keys and values of all of them."""
+    rows = batch * tokens
+    widest = max(6 * shape.heads * shape.head_dim, 3 * shape.mlp_width)
+    return {
+        "weights": number_bytes * shape.parameters,
+        "KV cache": 2 * rows * shape.layers * shape.kv_heads * shape.head_dim * number_bytes,
+        "one layer": rows * (4 * shape.width + number_bytes * (2 * shape.width + widest)),
+    }

@@ -1,0 +1,171 @@
+"""Parameters, segments and memory of a model with HiCI, counted on the meta device: no weights are read or made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from hici.adapters.lora import add_lora
+from hici.config import HiCIConfig
+from hici.core.segments import count_segments
+from hici.models.attach import attach, hici_state_dict
+from hici.report.memory import BYTES, Shape, generation_memory, training_memory
+from hici.rope import extended_rope
+
+VISIBILITY = {
+    "all": "tokens of segment i see G over every segment and L_i; not causal",
+    "current": "tokens of segment i see G over 1..i and L_i; not causal within the segment",
+    "past": "tokens of segment i see G over 1..i-1 and L_(i-1); causal",
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `hici info` shows; parameters are counts, memory is in bytes by part.
+
+    Attributes:
+        segments: sizes of the segments of `context` tokens, run-length coded: [[count, size], ...].
+        modules: parameters of one layer's HiCI modules, by their first two names.
+        rope: how the context fits the model's positions.
+    """
+
+    model_type: str
+    layers: int
+    width: int
+    base_parameters: int
+    hici_parameters: int
+    hici_parameters_per_layer: int
+    hici_percent: float
+    trained_parameters: int
+    modules: dict[str, int]
+    context: int
+    segments: list[list[int]]
+    visibility: str | None
+    hici: dict[str, Any]
+    max_position_embeddings: int
+    rope: str
+    dtype: str
+    batch: int
+    training: dict[str, int]
+    generation: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def summarise(
+    model_config: Any,
+    config: HiCIConfig,
+    *,
+    context: int | None = None,
+    dtype: str = "bfloat16",
+    batch: int = 1,
+    lora_rank: int = 8,
+) -> Summary:
+    """Count and estimate for a transformers config with HiCI and a LoRA as `hici.add_lora` makes it.
+
+    Args:
+        context: tokens; None: the model's positions.
+        dtype, batch: of the memory estimate.
+
+    Raises:
+        ValueError: an unsupported model type, a config that does not fit, a context below 1.
+    """
+    context = model_config.max_position_embeddings if context is None else context
+    if context < 1:
+        raise ValueError(f"context={context} is below 1; give the number of tokens")
+    model = meta_model(model_config, config)
+    hici = {name: tensor.numel() for name, tensor in hici_state_dict(model).items()}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layers, count = model_config.num_hidden_layers, sum(hici.values())
+    wrapped = add_lora(model, r=lora_rank)
+    parameters = list(wrapped.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    shape = _shape(model_config, config, total, held=sum(p.numel() for p in parameters), trained=trained)
+    return Summary(
+        model_type=model_config.model_type,
+        layers=layers,
+        width=model_config.hidden_size,
+        base_parameters=total - count,
+        hici_parameters=count,
+        hici_parameters_per_layer=count // layers,
+        hici_percent=100 * count / total,
+        trained_parameters=trained,
+        modules=_first_layer(hici),
+        context=context,
+        segments=segment_plan(context, config),
+        visibility=config.visibility if config.use_global or config.use_local else None,
+        hici=config.to_dict(),
+        max_position_embeddings=model_config.max_position_embeddings,
+        rope=_rope(model_config, context),
+        dtype=dtype,
+        batch=batch,
+        training=training_memory(shape, context, batch=batch, number_bytes=BYTES[dtype]),
+        generation=generation_memory(shape, context, batch=batch, number_bytes=BYTES[dtype]),
+    )
+
+
+def meta_model(model_config: Any, config: HiCIConfig) -> Any:
+    """The model of a transformers config with HiCI attached, all on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    return attach(model, config)
+
+
+def segment_plan(context: int, config: HiCIConfig) -> list[list[int]]:
+    """[[count, size], ...] of the segments of `context` tokens: whole ones, then a shorter last one if there is one."""
+    size = config.resolve_segment_size(context)
+    tail = context % size
+    whole = count_segments(context, size) - bool(tail)
+    return [[count, tokens] for count, tokens in ((whole, size), (1, tail)) if count and tokens]
+
+
+def describe_plan(plan: list[list[int]]) -> str:
+    """[[3, 4096], [1, 100]] -> "3 segments of 4,096 tokens and a last one of 100"."""
+    count, size = plan[0]
+    text = f"{count} segment{'s' if count > 1 else ''} of {size:,} tokens"
+    return text if len(plan) == 1 else f"{text} and a last one of {plan[1][1]:,}"
+
+
+def _shape(model_config: Any, config: HiCIConfig, total: int, *, held: int, trained: int) -> Shape:
+    heads = model_config.num_attention_heads
+    return Shape(
+        layers=model_config.num_hidden_layers,
+        width=model_config.hidden_size,
+        mlp_width=model_config.intermediate_size,
+        heads=heads,
+        kv_heads=model_config.num_key_value_heads,
+        head_dim=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
+        vocabulary=model_config.vocab_size,
+        local_scores=config.num_heads * config.num_local_slots,
+        parameters=total,
+        held_in_training=held,
+        trained=trained,
+    )
+
+
+def _first_layer(hici: dict[str, int]) -> dict[str, int]:
+    """Parameters of layer 0's modules: "local_constructor.q_proj" -> count."""
+    modules: dict[str, int] = {}
+    for name, count in hici.items():
+        layer, _, rest = name.partition(".self_attn.")
+        if layer.endswith("layers.0"):
+            key = ".".join(rest.split(".")[:2])
+            modules[key] = modules.get(key, 0) + count
+    return modules
+
+
+def _rope(model_config: Any, context: int) -> str:
+    positions = model_config.max_position_embeddings
+    if context <= positions:
+        return f"{positions:,} positions, enough for {context:,}"
+    try:
+        factor = extended_rope(model_config, context)["factor"]
+    except ValueError:
+        return f"{positions:,} positions, scaled already: {context:,} needs other rope settings"
+    return f"{positions:,} positions; {context:,} needs linear scaling by {factor:g}"

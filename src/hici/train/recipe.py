@@ -1,0 +1,184 @@
+"""A training recipe: YAML plus overrides, every key typed, an unknown key an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hici.config import HiCIConfig
+from hici.registry import suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that `hici train` needs; defaults are the published hyperparameters where there are any.
+
+    Attributes:
+        model: name or path of the base.
+        data: text files, globs, folders, .jsonl or token .bin (see `hici.data.documents`).
+        output_dir: gets adapter/, train.json and train.png.
+        context_length: tokens in a sequence; rope grows by `rope` where the base represents fewer.
+        hici: fields of HiCIConfig.
+        rope: "linear", "yarn", or "none" (a longer context is then an error).
+        text_key: the text's key in a .jsonl line.
+        heldout_data: held-out files; None: `heldout_fraction` of the data's tokens, whole documents.
+        heldout_windows: held-out sequences measured, before and after, in "hici" and in "full" attention.
+        lora_r, lora_alpha, lora_dropout, train_embeddings, train_norms: as `hici.add_lora`.
+        max_steps, batch_size, gradient_accumulation_steps: optimizer steps; sequences a device; steps added up.
+        learning_rate, hici_learning_rate: of LoRA, embeddings and norms; of the HiCI modules.
+        max_grad_norm, hici_max_grad_norm: gradient clips of the same two groups.
+        warmup_steps: linear warm-up of an otherwise constant schedule.
+        weight_decay, adam_beta1, adam_beta2: AdamW's.
+        dtype: of the frozen base. "bfloat16" trains under autocast, with trained parameters in float32.
+        gradient_checkpointing: recompute each layer in the backward pass.
+        logging_steps: steps between two lines of the log.
+        device: "auto" (a GPU where there is one) or "cpu".
+        seed: of initial values, data order and dropout.
+        overwrite: replace an existing adapter directory.
+    """
+
+    model: str
+    data: list[str]
+    output_dir: str
+    context_length: int
+    hici: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rope: str = "linear"
+    text_key: str = "text"
+    heldout_data: list[str] | None = None
+    heldout_fraction: float = 0.02
+    heldout_windows: int = 8
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    train_embeddings: bool = True
+    train_norms: bool = True
+    max_steps: int = 1000
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 8
+    learning_rate: float = 2e-5
+    hici_learning_rate: float = 2e-4
+    max_grad_norm: float = 1.0
+    hici_max_grad_norm: float = 0.3
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    dtype: str = "bfloat16"
+    gradient_checkpointing: bool = True
+    logging_steps: int = 1
+    device: str = "auto"
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("rope", self.rope, ("linear", "yarn", "none"))
+        _check_choice("dtype", self.dtype, ("bfloat16", "float32"))
+        _check_choice("device", self.device, ("auto", "cpu"))
+        for name in ("context_length", "max_steps", "batch_size", "gradient_accumulation_steps", "lora_r"):
+            _check_minimum(name, getattr(self, name), 1)
+        for name in ("heldout_windows", "warmup_steps", "learning_rate", "hici_learning_rate", "weight_decay"):
+            _check_minimum(name, getattr(self, name), 0)
+        for name in ("max_grad_norm", "hici_max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} would stop all learning; give a number > 0 (inf: none)")
+        self.hici_config()
+
+    def hici_config(self) -> HiCIConfig:
+        """The HiCIConfig of the recipe's `hici` section."""
+        return HiCIConfig.from_dict(self.hici)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply overrides such as `["--max_steps", "20", "--hici.visibility", "past"]`.
+
+    Raises:
+        ValueError: a missing file, bad YAML, an unknown key (with the nearest known one), a value of another type, a
+            required key that is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"recipe {path} does not exist; give a YAML file, for example one of recipes/")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} holds {type(values).__name__}, but a recipe is keys and values")
+    return recipe_from_dict(apply_overrides(values, overrides))
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """A checked recipe. Raises ValueError as `load_recipe`."""
+    kinds = typing.get_type_hints(Recipe)
+    for key in values:
+        if key not in kinds:
+            raise ValueError(suggest(str(key), kinds, "recipe key"))
+    required = [f.name for f in dataclasses.fields(Recipe) if _is_required(f)]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ValueError(f"the recipe lacks {', '.join(missing)}; add it to the file or give --{missing[0]} VALUE")
+    return Recipe(**{key: _convert(key, value, kinds[key]) for key, value in values.items()})
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Values with `--key value` or `--key=value` applied; dots reach into sections, values are YAML."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is not an override; write --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ValueError(f"--{key} has no value; write --{key} VALUE")
+            text = words.pop(0)
+        section, _, name = key.replace("-", "_").rpartition(".")
+        target = result.setdefault(section, {}) if section else result
+        if not isinstance(target, dict):
+            raise ValueError(f"--{key}: {section!r} is not a section of the recipe; known sections: hici")
+        target[name] = yaml.safe_load(text)
+    return result
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`, or ValueError. YAML reads 2e-5 as a string and 1 as an int: both are good floats."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    origin = typing.get_origin(kind) or kind
+    try:
+        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)
+        if origin is list and isinstance(value, (str, list)):
+            return [str(item) for item in ([value] if isinstance(value, str) else value)]
+    except ValueError:
+        pass
+    if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"recipe key {key}={value!r} is {type(value).__name__}, but {origin.__name__} is needed")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(suggest(value, choices, name))
+
+
+def _check_minimum(name: str, value: float, minimum: float) -> None:
+    if not value >= minimum:
+        raise ValueError(f"{name}={value} is below {minimum}; give a number >= {minimum}")

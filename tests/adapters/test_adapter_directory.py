@@ -1,0 +1,410 @@
+"""Our adapter directory: everything comes back, or an error names what is wrong and nothing changes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import hici
+from helpers import assert_slots_matter, difference, logits, random_ids, randomise, small_config, tiny_model
+from hici.adapters.directory import tensor_shapes
+from hici.adapters.lora import trainable_parameters
+from hici.models.attach import attention_modules, hici_state_dict, is_attached
+
+IDS = random_ids(2, 45)
+
+
+def make_base(directory, architecture="llama", tie=False, seed=0):
+    model = tiny_model(architecture, seed=seed, tie_word_embeddings=tie, max_position_embeddings=32)
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_trained(base, tie=False, context=64, **lora):
+    """Attach, LoRA, and one real optimizer step on everything trainable, from strong weights."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    hici.extend_rope(model, context)
+    hici.attach(model, small_config(visibility="past"))
+    for attention in attention_modules(model):
+        for module in (attention.local_constructor, attention.global_integrator):
+            randomise(module, seed=3)
+    assert_slots_matter(model)
+    wrapped = hici.add_lora(model, **lora)
+    optimizer = torch.optim.SGD([p for group in trainable_parameters(wrapped) for p in group], lr=0.05)
+    for _ in range(2):
+        wrapped(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return wrapped.eval()
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-tied", "qwen3", "mistral", "qwen2"])
+def saved(request, tmp_path_factory):
+    """(base directory, trained model, adapter directory)."""
+    architecture, _, tied = request.param.partition("-")
+    root = tmp_path_factory.mktemp(request.param)
+    base = make_base(root / "base", architecture, tie=bool(tied))
+    model = make_trained(base)
+    hici.save_pretrained(model, root / "adapter")
+    return base, model, root / "adapter"
+
+
+@pytest.fixture
+def llama(tmp_path):
+    base = make_base(tmp_path / "base")
+    model = make_trained(base)
+    hici.save_pretrained(model, tmp_path / "adapter")
+    return base, model, tmp_path / "adapter"
+
+
+def test_directory_has_exactly_its_files(saved):
+    assert {path.name for path in saved[2].iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "hici_model.safetensors", "hici_config.json", "README.md",
+    }  # fmt: skip
+    assert not list(saved[2].parent.glob(".adapter*"))
+
+
+@pytest.mark.parametrize("attention", ["hici", "full"])
+def test_loaded_model_equals_the_saved_one(saved, attention):
+    _, model, directory = saved
+    loaded = hici.from_pretrained(directory, attention=attention)
+    model.set_attn_implementation("hici" if attention == "hici" else "sdpa")
+    assert difference(logits(loaded, IDS), logits(model, IDS)) == 0
+    assert loaded.config.max_position_embeddings == 64
+    assert loaded.config.rope_parameters["factor"] == 2.0
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_plain_peft_loads_its_part_as_the_full_attention_model(saved):
+    base, model, directory = saved
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    hici.extend_rope(plain, 64)
+    loaded = peft.PeftModel.from_pretrained(plain, directory)
+    model.set_attn_implementation("sdpa")
+    assert difference(logits(loaded, IDS), logits(model, IDS)) == 0
+    assert not any("local_constructor" in name for name in load_file(directory / "adapter_model.safetensors"))
+
+
+def test_hici_file_holds_the_published_names(saved):
+    _, model, directory = saved
+    shapes = tensor_shapes(directory / "hici_model.safetensors")
+    assert shapes == {name: list(tensor.shape) for name, tensor in hici_state_dict(model).items()}
+    assert shapes["model.layers.1.self_attn.global_integrator.expand_scale_param"] == []
+    assert len(shapes) == 36
+
+
+def test_a_new_process_gives_the_same_logits(llama, tmp_path):
+    _, model, directory = llama
+    torch.save(logits(model, IDS), tmp_path / "expected.pt")
+    code = (
+        "import torch, hici; torch.set_num_threads(1)\n"
+        f"model = hici.from_pretrained({str(directory)!r}, attention='hici')\n"
+        f"expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        f"ids = torch.tensor({IDS.tolist()})\n"
+        "with torch.no_grad(): got = model(ids).logits\n"
+        "print('difference', (got - expected).abs().max().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "difference 0.0" in done.stdout
+
+
+def is_tied(model):
+    lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    return lm.get_input_embeddings().weight.data_ptr() == lm.get_output_embeddings().weight.data_ptr()
+
+
+def test_tied_embeddings_stay_tied_through_training_save_load_and_merge(tmp_path):
+    base = make_base(tmp_path / "base", tie=True)
+    before = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight.clone()
+    model = make_trained(base)
+    assert is_tied(model)
+    assert difference(model.get_base_model().get_input_embeddings().weight, before) > 1e-4  # it did train
+    hici.save_pretrained(model, tmp_path / "adapter")
+    loaded = hici.from_pretrained(tmp_path / "adapter", attention="hici")
+    assert is_tied(loaded)
+    merged = loaded.merge_and_unload()
+    assert is_tied(merged)
+    assert difference(logits(merged, IDS), logits(model, IDS)) < 1e-4
+    merged.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")
+    assert difference(logits(merged, IDS), logits(model, IDS)) < 1e-4
+
+
+def test_lora_is_on_the_attention_only_and_everything_else_that_trains_is_named(llama):
+    _, model, _ = llama
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    lora = {name for name in trainable if "lora_" in name}
+    assert len(lora) == 2 * 4 * 2
+    assert all(name.split(".self_attn.")[1].split("_proj")[0] in "qkvo" for name in lora)
+    rest = trainable - lora
+    assert sum("local_constructor" in n or "global_integrator" in n for n in rest) == 36
+    saved = {n for n in rest if "modules_to_save" in n}
+    assert len(saved) == 1 + 2 * 2 + 1  # embeddings, two norms a layer, the last norm
+    assert len(rest) == 36 + len(saved)
+
+
+def test_without_embeddings_and_norms(tmp_path):
+    base = make_base(tmp_path / "base")
+    model = make_trained(base, embeddings=False, norms=False, r=4, alpha=4)
+    hici.save_pretrained(model, tmp_path / "adapter")
+    loaded = hici.from_pretrained(tmp_path / "adapter", attention="hici")
+    assert difference(logits(loaded, IDS), logits(model, IDS)) == 0
+    assert not any("modules_to_save" in name for name, _ in loaded.named_parameters())
+
+
+def test_without_lora_only_the_modules_are_saved(tmp_path):
+    base = make_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    hici.attach(model, small_config())
+    hici.save_pretrained(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+    loaded = hici.from_pretrained(tmp_path / "adapter", attention="hici")
+    assert difference(logits(loaded, IDS[:, :32]), logits(model, IDS[:, :32])) == 0
+
+
+def test_lora_inside_the_modules_survives_too(tmp_path):
+    base = make_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    hici.attach(model, small_config())
+    for attention in attention_modules(model):
+        randomise(attention.local_constructor)
+        randomise(attention.global_integrator)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+    hici.save_pretrained(wrapped, tmp_path / "adapter")
+    loaded = hici.from_pretrained(tmp_path / "adapter", attention="hici")
+    assert difference(logits(loaded, IDS[:, :32]), logits(wrapped.eval(), IDS[:, :32])) == 0
+
+
+def test_dtype_and_a_loaded_base(llama):
+    base, _, directory = llama
+    assert hici.from_pretrained(directory, dtype=torch.bfloat16).get_base_model().dtype == torch.bfloat16
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    loaded = hici.from_pretrained(directory, base_model=plain)
+    assert loaded.get_base_model() is plain
+
+
+# refusals: each says what is wrong, and leaves the disk and a given base as they were
+
+
+def refuse(directory, match, base=None):
+    with pytest.raises(ValueError, match=match):
+        hici.from_pretrained(directory, base_model=base)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "hici_model.safetensors", "hici_config.json"]
+)
+def test_a_missing_file_is_named(llama, name):
+    (llama[2] / name).unlink()
+    refuse(llama[2], name)
+
+
+def edit(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("file", ["hici_model.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("fault", ["missing", "left over", "shape", "NaN"])
+def test_a_wrong_tensor_is_named_and_the_base_untouched(llama, file, fault):
+    base, _, directory = llama
+    name = sorted(load_file(directory / file))[0]
+
+    def change(tensors):
+        if fault == "missing":
+            del tensors[name]
+        elif fault == "left over":
+            tensors["some.other.tensor"] = torch.zeros(3)
+        elif fault == "shape":
+            tensors[name] = torch.zeros(3, 5)
+        else:
+            tensors[name].view(-1)[0] = float("nan")
+
+    edit(directory / file, change)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    expected, rope = logits(plain, IDS[:, :32]), dict(plain.config.rope_parameters)
+    named = "some.other.tensor" if fault == "left over" else name.replace(".", r"\.")
+    refuse(directory, rf"{fault}.*{named}" if fault != "NaN" else rf"NaN.*{named}", plain)
+    assert not is_attached(plain)
+    assert plain.config.rope_parameters == rope
+    assert plain.config.max_position_embeddings == 32
+    assert difference(logits(plain, IDS[:, :32]), expected) == 0
+
+
+def test_an_unknown_key_is_refused(llama):
+    file = llama[2] / "hici_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "visibilty": 1}))
+    refuse(llama[2], "unknown key 'visibilty'")
+    file.write_text(json.dumps({**values, "hici": {**values["hici"], "visibilty": "past"}}))
+    refuse(llama[2], "unknown HiCIConfig field 'visibilty'.*Did you mean 'visibility'")
+    file.write_text("{")
+    refuse(llama[2], "not valid JSON")
+
+
+def test_another_base_is_refused(llama, tmp_path):
+    other = make_base(tmp_path / "other", seed=9)
+    refuse(llama[2], "fingerprint.*give the base that it was made on", other)
+    refuse(llama[2], "mistral", make_base(tmp_path / "mistral", "mistral"))
+    refuse(llama[2], "could not be loaded.*base_model=", tmp_path / "nothing")
+
+
+def test_an_attached_or_wrapped_base_is_refused(llama):
+    refuse(llama[2], "attached or wrapped already", llama[1])
+
+
+def test_unknown_attention_and_no_directory(llama, tmp_path):
+    with pytest.raises(ValueError, match="unknown attention 'hicy'.*Did you mean 'hici'"):
+        hici.from_pretrained(llama[2], attention="hicy")
+    refuse(tmp_path / "none", "is not a directory")
+
+
+def test_nothing_is_overwritten_silently(llama):
+    _, model, directory = llama
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    with pytest.raises(ValueError, match="not empty.*overwrite=True"):
+        hici.save_pretrained(model, directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    hici.save_pretrained(model, directory, overwrite=True)
+    assert not list(directory.parent.glob(".*"))
+
+
+def test_a_failed_save_leaves_the_old_directory_whole(llama, monkeypatch):
+    _, model, directory = llama
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("hici.adapters.directory.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        hici.save_pretrained(model, directory, overwrite=True)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert not list(directory.parent.glob(".*"))
+
+
+def test_nan_is_not_saved(llama, tmp_path):
+    _, model, _ = llama
+    attention_modules(model)[0].local_constructor.memory_slots.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"NaN or infinity.*memory_slots"):
+        hici.save_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_changed_base_weights_are_not_lost_silently(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base"))
+    hici.attach(model, small_config())
+    model.model.norm.weight.data.add_(1.0)
+    with pytest.raises(ValueError, match="own weights changed since hici.attach.*add_lora"):
+        hici.save_pretrained(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_save_and_lora_need_an_attached_plain_model(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="not attached"):
+        hici.save_pretrained(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="not attached"):
+        hici.add_lora(model)
+    hici.attach(model, small_config())
+    wrapped = hici.add_lora(model)
+    with pytest.raises(ValueError, match="PEFT model already"):
+        hici.add_lora(wrapped)
+
+
+def test_offloaded_layers_are_refused(llama, monkeypatch):
+    base, _, directory = llama
+    meta = AutoModelForCausalLM.from_pretrained(base).to("meta")
+    monkeypatch.setattr("hici.adapters.directory._check_base", lambda *args: None)
+    monkeypatch.setattr("hici.adapters.directory.set_rope", lambda *args: None)
+    refuse(directory, "device_map keeps layers off every device", meta)
+
+
+def test_directory_can_be_moved(llama, tmp_path):
+    base, model, directory = llama
+    moved = shutil.move(directory, tmp_path / "moved")
+    loaded = hici.from_pretrained(moved, base_model=base, attention="hici")
+    assert difference(logits(loaded, IDS), logits(model, IDS)) == 0
+
+
+def test_overwriting_deletes_nothing_but_an_adapter_directory(llama, tmp_path):
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    (tmp_path / "runs" / "other" / "precious.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds no hici_config.json.*would delete"):
+        hici.save_pretrained(llama[1], tmp_path / "runs", overwrite=True)
+    assert (tmp_path / "runs" / "other" / "precious.txt").read_text() == "precious"
+
+
+def test_an_interrupt_while_moving_keeps_the_old_directory(llama, monkeypatch):
+    _, model, directory = llama
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    rename, calls = os.rename, []
+
+    def interrupted(source, target):
+        calls.append(source)
+        if len(calls) == 2:  # the old one has stepped aside, the new one is about to come
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr("hici.files.os.rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hici.save_pretrained(model, directory, overwrite=True)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_damaged_files_are_named_and_leave_the_base_alone(llama):
+    base, _, directory = llama
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    record = json.loads((directory / "hici_config.json").read_text())
+    for value, message in (
+        ([1], "holds a list instead of keys and values"),
+        ({**record, "rope_parameters": None}, "rope_parameters=None is no dict"),
+        ({**record, "context_length": "64"}, "context_length='64' is no int"),
+        ({**record, "format_version": 2}, "format_version 2, but this hici reads 1"),
+    ):
+        (directory / "hici_config.json").write_text(json.dumps(value))
+        refuse(directory, message, plain)
+    (directory / "hici_config.json").write_text(json.dumps(record))
+    file = directory / "hici_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refuse(directory, "is damaged.*copy the file again", plain)
+    assert not is_attached(plain)
+
+
+def test_a_loaded_base_has_its_own_dtype(llama):
+    base, _, directory = llama
+    with pytest.raises(ValueError, match="with a loaded base_model, which has both already"):
+        hici.from_pretrained(directory, AutoModelForCausalLM.from_pretrained(base), dtype=torch.bfloat16)
+
+
+def test_another_adapter_than_one_lora_is_not_saved(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base"))
+    hici.attach(model, small_config())
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]), adapter_name="mine")
+    with pytest.raises(ValueError, match="has the PEFT adapters mine.*one LoRA called 'default'"):
+        hici.save_pretrained(wrapped, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_base_is_recorded_by_its_absolute_path(tmp_path, monkeypatch):
+    make_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained("base")
+    hici.attach(model, small_config())
+    hici.save_pretrained(model, "adapter")
+    hici.save_pretrained(hici.add_lora(model), "with_lora")
+    recorded = json.loads((tmp_path / "with_lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert recorded == str(tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert is_attached(hici.from_pretrained("../adapter"))

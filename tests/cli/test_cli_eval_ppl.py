@@ -1,0 +1,243 @@
+"""`hici eval ppl` from files to JSON, and its refusals."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hici
+from hici.data.documents import load_documents
+from hici.data.packing import token_stream
+
+
+@pytest.fixture(scope="module")
+def stream(tokenizer, text_file):
+    return token_stream(load_documents([text_file], tokenizer), tokenizer.eos_token_id)
+
+
+@torch.no_grad()
+def naive_loss(model, stream, context):
+    losses = []
+    for start in range(0, len(stream) - context + 1, context):
+        ids = torch.from_numpy(stream[start : start + context])
+        losses.append(F.cross_entropy(model(ids[None]).logits[0, :-1].double(), ids[1:]).item())
+    return np.mean(losses)
+
+
+def test_several_attentions_and_lengths(adapter_directory, text_file, stream, tmp_path, hici_command):
+    out = tmp_path / "results"
+    done = hici_command("eval", "ppl", adapter_directory, "--data", text_file, "--context", 32, 64,
+                        "--attention", "full", "hici", "hici_s2", "--out", out)  # fmt: skip
+    assert done.status == 0, done.err
+    record = json.loads((out / "ppl.json").read_text())
+    assert (out / "ppl.png").read_bytes().startswith(b"\x89PNG")
+    assert [(r["windows"]["context"], r["attention"]) for r in record["results"]] == [
+        (context, attention) for context in (32, 64) for attention in ("full", "hici", "hici_s2")
+    ]
+    for r in record["results"]:
+        model = hici.from_pretrained(adapter_directory)
+        model.get_base_model().set_attn_implementation("sdpa" if r["attention"] == "full" else r["attention"])
+        assert r["mean_loss"] == pytest.approx(naive_loss(model, stream, r["windows"]["context"]), abs=1e-5)
+        assert f"{r['ppl']:.3f}" in done.out
+        assert len(r["losses"]) == len(stream) // r["windows"]["context"]
+    assert len({round(r["mean_loss"], 4) for r in record["results"]}) == 6
+    pairs = [(d["context"], d["attention"], d["minus"]) for d in record["paired_differences"]]
+    assert pairs == [(32, "hici", "full"), (32, "hici_s2", "full"), (64, "hici", "full"), (64, "hici_s2", "full")]
+    first = record["paired_differences"][0]
+    assert first["loss_difference"] == pytest.approx(
+        record["results"][1]["mean_loss"] - record["results"][0]["mean_loss"]
+    )
+    assert "sees the future" not in done.out
+
+
+def test_json_says_how_the_number_was_made(
+    adapter_directory, base_directory, text_file, stream, tmp_path, hici_command
+):
+    target = tmp_path / "a.json"
+    done = hici_command("eval", "ppl", adapter_directory, "--data", text_file, "--context", 48, "--stride", 16,
+                        "--max-windows", 5, "--attention", "hici", "--out", target)  # fmt: skip
+    assert done.status == 0, done.err
+    record = json.loads(target.read_text())
+    model = record["model"]
+    assert (model["path"], model["kind"]) == (str(adapter_directory), "hici directory")
+    assert (model["base_model"], model["dtype"], model["device"]) == (str(base_directory), "float32", "cpu")
+    assert model["base_fingerprint"].startswith("sha256:")
+    assert (model["hici"]["visibility"], model["hici"]["segment_size"]) == ("past", 16)
+    assert (record["attention"], record["visibility"], record["seed"]) == (["hici"], ["past"], None)
+    assert (record["protocol"]["stride"], record["protocol"]["max_windows"]) == (16, 5)
+    assert record["data"]["tokens"] == len(stream)
+    assert record["data"]["sha256"] == hashlib.sha256(stream.astype("<i8").tobytes()).hexdigest()
+    result = record["results"][0]
+    available = (len(stream) - 48) // 16 + 1
+    assert result["windows"]["available"] == available
+    assert result["windows"]["unused_tokens"] == len(stream) - (available - 1) * 16 - 48
+    assert len(result["losses"]) == len(result["counts"]) == 5
+    assert result["counts"] == [16] * 5
+    assert {"packages", "git_revision", "time_utc", "machine"} <= set(record["provenance"])
+
+
+@pytest.mark.parametrize("visibility", ["all", "current"])
+def test_a_leak_stands_beside_the_number(adapter_directory, text_file, visibility, tmp_path, hici_command):
+    done = hici_command("eval", "ppl", adapter_directory, "--data", text_file, "--context", 64, "--max-windows", 2,
+                        "--attention", "full", "hici", "--visibility", visibility, "--out", tmp_path)  # fmt: skip
+    assert done.status == 0, done.err
+    full, in_hici = json.loads((tmp_path / "ppl.json").read_text())["results"]
+    assert (full["leaks_future"], in_hici["leaks_future"]) == (False, True)
+    row = next(line for line in done.out.splitlines() if f"{in_hici['ppl']:.3f}" in line)
+    assert f"{visibility} (sees the future)" in row
+
+
+def test_segments_without_slots_on_a_plain_model(base_directory, text_file, tmp_path, hici_command):
+    done = hici_command("eval", "ppl", base_directory, "--data", text_file, "--context", 64, "--attention", "full",
+                        "hici", "hici_s2", "--no-slots", "--segment-size", 32, "--out", tmp_path)  # fmt: skip
+    assert done.status == 0, done.err
+    full, segments, s2 = json.loads((tmp_path / "ppl.json").read_text())["results"]
+    assert (segments["visibility"], segments["leaks_future"], segments["segments"]) == (None, False, 2)
+    assert len({round(r["mean_loss"], 6) for r in (full, segments, s2)}) == 3
+
+
+def test_one_segment_without_slots_is_full_attention(base_directory, text_file, tmp_path, hici_command):
+    hici_command("eval", "ppl", base_directory, "--data", text_file, "--context", 64, "--attention", "full", "hici",
+                 "--no-slots", "--num-segments", 1, "--out", tmp_path)  # fmt: skip
+    full, segments = json.loads((tmp_path / "ppl.json").read_text())["results"]
+    assert segments["losses"] == pytest.approx(full["losses"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags, changes",
+    [
+        (["--no-slots"], {"use_global": False, "use_local": False}),
+        (["--segment-size", 24], {"segment_size": 24}),
+        (["--num-segments", 2], {"num_segments": 2}),
+        (["--visibility", "all"], {"visibility": "all"}),
+    ],
+    ids=str,
+)
+def test_flags_change_how_a_directory_is_used(
+    flags, changes, adapter_directory, text_file, stream, tmp_path, hici_command
+):
+    done = hici_command("eval", "ppl", adapter_directory, "--data", text_file, "--context", 64, "--attention", "hici",
+                        *flags, "--out", tmp_path)  # fmt: skip
+    assert done.status == 0, done.err
+    measured = json.loads((tmp_path / "ppl.json").read_text())["results"][0]["mean_loss"]
+    model = hici.from_pretrained(adapter_directory, attention="hici")
+    assert measured != pytest.approx(naive_loss(model, stream, 64), abs=1e-4)
+    hici.reconfigure(model, **changes)
+    assert measured == pytest.approx(naive_loss(model, stream, 64), abs=1e-5)
+
+
+def test_rope_is_extended_once_to_the_longest(base_directory, text_file, tmp_path, hici_command):
+    arguments = ["eval", "ppl", base_directory, "--data", text_file, "--context", 64, 200, "--max-windows", 2]
+    refused = hici_command(*arguments)
+    assert refused.status == 2
+    assert "200 tokens are more than the 128 positions" in refused.err
+    assert hici_command(*arguments, "--allow-beyond-rope", "--out", tmp_path / "beyond").status == 0
+    done = hici_command(*arguments, "--rope", "linear", "--out", tmp_path / "linear")
+    assert done.status == 0, done.err
+    assert "Rope extended (linear) to 200 positions" in done.out
+    records = {name: json.loads((tmp_path / name / "ppl.json").read_text()) for name in ("beyond", "linear")}
+    rope = records["linear"]["protocol"]["rope"]
+    assert (rope["extended"], rope["positions_before"], rope["positions"]) == ("linear", 128, 200)
+    assert rope["rope_parameters"]["factor"] == 2.0
+    assert not records["beyond"]["protocol"]["rope"]["extended"]
+    for i in (0, 1):  # the shorter context is measured on the extended model too, and is said to be
+        difference = records["linear"]["results"][i]["mean_loss"] - records["beyond"]["results"][i]["mean_loss"]
+        assert abs(difference) > 1e-4
+
+
+def test_nothing_is_overwritten_silently(base_directory, text_file, tmp_path, hici_command):
+    arguments = ["eval", "ppl", base_directory, "--data", text_file, "--context", 64, "--max-windows", 1, "--out"]
+    (tmp_path / "ppl.png").write_text("a picture")
+    done = hici_command(*arguments, tmp_path)
+    assert done.status == 2
+    assert "nothing is overwritten silently; give another --out or --overwrite" in done.err
+    assert [file.name for file in tmp_path.iterdir()] == ["ppl.png"]
+    assert (tmp_path / "ppl.png").read_text() == "a picture"
+    assert hici_command(*arguments, tmp_path, "--overwrite").status == 0
+    assert json.loads((tmp_path / "ppl.json").read_text())["results"][0]["standard_error"] is None
+
+
+def test_a_token_file(base_directory, stream, text_file, tmp_path, hici_command):
+    path = tmp_path / "tokens.bin"
+    stream.astype("<u2").tofile(path)
+    for data, out in ((path, "a.json"), (text_file, "b.json")):
+        arguments = ["eval", "ppl", base_directory, "--context", 64, "--data", data, "--out", tmp_path / out]
+        assert hici_command(*arguments).status == 0
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert a["data"]["sha256"] == b["data"]["sha256"]
+    assert a["results"][0]["losses"] == b["results"][0]["losses"]
+
+
+@pytest.mark.parametrize(
+    "model, arguments, message",
+    [
+        ("base", ["--attention", "hici", "--segment-size", 16], "fresh random ones"),
+        ("base", ["--attention", "hici", "--no-slots"], "says nothing of segments; give --segment-size"),
+        ("base", ["--attention", "hici_s2"], "says nothing of segments; give --segment-size"),
+        ("base", ["--base-model", "x"], "is for a hici directory"),
+        ("base", ["--segment-size", 16], "--segment-size changes nothing in attention full"),
+        ("base", ["--attention", "hici", "--segment-size", 16, "--num-segments", 2, "--no-slots"], "both given"),
+        ("base", ["--device", "gpu0"], "no such device"),
+        ("base", ["--attention", "full", "full"], "names one twice"),
+        ("base", ["--context", 64, 64], "names one twice"),
+        ("base", ["--stride", 65], "--stride 65 is larger than the window of 64"),
+        ("base", ["--context", 5000, "--allow-beyond-rope"], "fewer than one window of 5000"),
+        ("base", ["--data", "nothing/*.txt"], "does not exist, and as a glob it matches no file"),
+        ("adapter", ["--attention", "hici", "--no-slots", "--visibility", "past"], "there is no slot to see"),
+        ("adapter", ["--attention", "hicy"], "Did you mean 'hici'?"),
+        ("/no/such/model", [], "does not exist, and it is no hub name"),
+        ("nobody/nothing", [], "no model 'nobody/nothing'"),
+    ],
+    ids=str,
+)
+def test_refusals(model, arguments, message, base_directory, adapter_directory, text_file, tmp_path, hici_command):
+    model = {"base": base_directory, "adapter": adapter_directory}.get(model, model)
+    rest = [] if "--data" in arguments else ["--data", text_file]
+    rest += [] if "--context" in arguments else ["--context", 64]
+    done = hici_command("eval", "ppl", model, *rest, *arguments, "--out", tmp_path / "out")
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_weights_are_refused(base_directory, text_file, tmp_path, hici_command):
+    from safetensors.torch import load_file, save_file
+
+    for file in base_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(base_directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    done = hici_command("eval", "ppl", tmp_path, "--data", text_file, "--context", 64)
+    assert done.status == 2
+    assert "lacks 1 weights" in done.err
+    assert "model.layers.1.mlp.up_proj.weight" in done.err
+
+
+def test_hici_weights_in_a_plain_checkpoint_are_refused(base_directory, tokenizer, text_file, tmp_path, hici_command):
+    from transformers import AutoModelForCausalLM
+
+    model = hici.attach(AutoModelForCausalLM.from_pretrained(base_directory), hici.HiCIConfig(bottleneck_dim=64))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    done = hici_command("eval", "ppl", tmp_path, "--data", text_file, "--context", 64)
+    assert done.status == 2
+    assert "holds HiCI modules inside a plain checkpoint, which would be dropped" in done.err
+
+
+def test_bfloat16_is_close(base_directory, text_file, tmp_path, hici_command):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        target = tmp_path / f"{dtype}.json"
+        hici_command("eval", "ppl", base_directory, "--data", text_file, "--context", 64, "--dtype", dtype,
+                     "--threads", 1, "--out", target)  # fmt: skip
+        record = json.loads(target.read_text())
+        assert record["model"]["dtype"] == dtype
+        losses[dtype] = record["results"][0]["mean_loss"]
+    assert math.isclose(losses["float32"], losses["bfloat16"], rel_tol=0.02)
+    assert losses["float32"] != losses["bfloat16"]

@@ -1,0 +1,172 @@
+"""`hici info`: the published numbers, directories without their base, refusals; memory against autograd."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hici import HiCIConfig
+from hici.models.attach import attach, hici_state_dict
+from hici.presets import preset_names
+from hici.report.memory import Shape, generation_memory, layer_bytes_per_token, training_memory
+from hici.report.summary import describe_plan, segment_plan
+
+# public parameter counts of the architectures
+BASE = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-3-8b": 8_030_261_248,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "smollm2-135m": 134_515_008,
+}
+
+
+def test_llama_2_7b_prints_the_published_numbers(hici_command):
+    done = hici_command("info", "--preset", "llama-2-7b", "--context", 16384)
+    assert done.status == 0, done.err
+    for text in ("389,128,224", "12,160,257", "4 segments of 4,096", "5.46 %", "visibility all", "not causal"):
+        assert text in done.out
+
+
+@pytest.mark.parametrize("preset", sorted(BASE))
+def test_presets_have_the_public_parameter_counts(preset, hici_command):
+    facts = json.loads(hici_command("info", "--preset", preset, "--json").out)
+    assert facts["base_parameters"] == BASE[preset]
+    assert facts["hici_parameters"] == facts["layers"] * facts["hici_parameters_per_layer"]
+    assert sum(facts["modules"].values()) == facts["hici_parameters_per_layer"]
+    assert facts["provenance"]["packages"]["torch"]
+
+
+def test_the_list_of_presets_is_complete():
+    assert preset_names() == sorted(BASE)
+
+
+def test_config_flags(hici_command):
+    flags = ["--num-local-slots", 4, "--compress-dim", "none", "--segment-size", 1000, "--visibility", "past"]
+    facts = json.loads(hici_command("info", "--preset", "smollm2-135m", "--context", 2500, "--json", *flags).out)
+    assert facts["hici"]["compress_dim"] is None
+    assert (facts["hici"]["num_local_slots"], facts["visibility"]) == (4, "past")
+    assert facts["segments"] == [[2, 1000], [1, 500]]
+
+
+@pytest.mark.parametrize(
+    "context, config, text",
+    [
+        (16384, HiCIConfig(), "4 segments of 4,096 tokens"),
+        (10000, HiCIConfig(segment_size=4096), "2 segments of 4,096 tokens and a last one of 1,808"),
+        (100, HiCIConfig(segment_size=4096), "1 segment of 100 tokens"),
+        (4097, HiCIConfig(num_segments=4), "3 segments of 1,025 tokens and a last one of 1,022"),
+    ],
+)
+def test_segment_plan(context, config, text):
+    plan = segment_plan(context, config)
+    assert sum(count * size for count, size in plan) == context
+    assert describe_plan(plan) == text
+
+
+def test_a_plain_directory(base_directory, hici_command):
+    facts = json.loads(hici_command("info", base_directory, "--bottleneck-dim", 64, "--json").out)
+    assert (facts["model_type"], facts["layers"], facts["context"]) == ("llama", 2, 128)
+
+
+def test_an_adapter_directory(adapter_directory, hici_command):
+    done = hici_command("info", adapter_directory)
+    assert done.status == 0, done.err
+    facts = json.loads(hici_command("info", adapter_directory, "--json").out)
+    in_file = facts["directory"]["parameters"]
+    assert in_file["HiCI modules"] == facts["hici_parameters"] > 0
+    assert in_file["LoRA, embeddings, norms"] > 0
+    assert (facts["visibility"], facts["segments"]) == ("past", [[8, 16]])
+    assert f"{facts['hici_parameters']:,}" in done.out
+
+
+def test_an_adapter_directory_whose_base_is_gone(adapter_directory, tmp_path, hici_command):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in adapter_directory.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    record = json.loads((copy / "hici_config.json").read_text())
+    (copy / "hici_config.json").write_text(json.dumps({**record, "base_model": str(tmp_path / "gone")}))
+    done = hici_command("info", copy)
+    assert done.status == 0, done.err
+    assert "8 segments of 16" in done.out
+    assert "No counts for the base" in done.out
+    assert "parameters in file: HiCI modules" in done.out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--preset", "lama-2-7b"], "unknown preset 'lama-2-7b'; known: llama-2-13b, llama-2-7b"),
+        (["--preset", "lama-2-7b"], "Did you mean 'llama-2-7b'?"),
+        ([], "give one of MODEL and --preset"),
+        (["x", "--preset", "llama-2-7b"], "give one of MODEL and --preset"),
+        (["/no/such/place"], "/no/such/place does not exist"),
+        (["--preset", "llama-2-7b", "--num-segments", 2, "--segment-size", 9], "both given"),
+        (["--preset", "llama-2-7b", "--num-heads", 7], "bottleneck_dim=512 is not a multiple of num_heads=7"),
+        (["--preset", "llama-2-7b", "--no-slots", "--visibility", "past"], "no slot to see"),
+        (["--preset", "llama-2-7b", "--base-model", "x"], "hici directory only"),
+    ],
+    ids=str,
+)
+def test_refusals(arguments, message, hici_command):
+    done = hici_command("info", *arguments)
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_refusals_of_directories(adapter_directory, base_directory, tmp_path, hici_command):
+    assert "would need other modules" in hici_command("info", adapter_directory, "--num-heads", 2).err
+    assert "holds no model" in hici_command("info", tmp_path).err
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "PEFT adapter without hici_config.json" in hici_command("info", tmp_path).err
+    assert "is a file" in hici_command("info", base_directory / "config.json").err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+@pytest.mark.parametrize("width, mlp, heads, kv_heads", [(256, 512, 4, 1), (256, 1024, 8, 8), (128, 1024, 2, 2)])
+def test_the_layers_memory_is_what_autograd_saves(width, mlp, heads, kv_heads, dtype):
+    tokens = 512
+    config = LlamaConfig(vocab_size=64, hidden_size=width, intermediate_size=mlp, num_hidden_layers=1,
+                         num_attention_heads=heads, num_key_value_heads=kv_heads)  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype)
+    attach(model, HiCIConfig(bottleneck_dim=128, compress_dim=16, visibility="past", segment_size=256))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept, storages = [], {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)  # keeps addresses from being used twice
+        return tensor
+
+    hidden = torch.randn(1, tokens, width, dtype=dtype, requires_grad=True)
+    position_embeddings = model.model.rotary_emb(hidden, torch.arange(tokens)[None])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model.layers[0](hidden, position_embeddings=position_embeddings)
+    shape = Shape(1, width, mlp, heads, kv_heads, width // heads, 64, local_scores=64, parameters=0,
+                  held_in_training=0, trained=0)  # fmt: skip
+    estimate = tokens * layer_bytes_per_token(shape, dtype.itemsize)
+    assert sum(storages.values()) == pytest.approx(estimate, rel=0.12)
+
+
+def test_memory_by_hand():
+    shape = Shape(layers=2, width=8, mlp_width=16, heads=2, kv_heads=1, head_dim=4, vocabulary=10, local_scores=6,
+                  parameters=1000, held_in_training=1100, trained=300)  # fmt: skip
+    training = training_memory(shape, 5, batch=3, number_bytes=2)
+    assert (training["weights"], training["gradients"], training["optimizer"]) == (2800, 1200, 2400)
+    assert training["checkpoints"] == 3 * 5 * 2 * 8 * 4
+    assert training["loss"] == 150 * 12
+    generation = generation_memory(shape, 5, batch=3, number_bytes=2)
+    assert (generation["weights"], generation["KV cache"]) == (2000, 2 * 15 * 2 * 1 * 4 * 2)
+
+
+def test_counts_are_those_of_real_modules(base_directory, hici_command):
+    model = attach(LlamaForCausalLM.from_pretrained(base_directory), HiCIConfig(bottleneck_dim=64))
+    facts = json.loads(hici_command("info", base_directory, "--bottleneck-dim", 64, "--json").out)
+    assert facts["hici_parameters"] == sum(tensor.numel() for tensor in hici_state_dict(model).values())

@@ -1,0 +1,32 @@
+"""Settings and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # small tensors: one thread is fastest, and sums come in one order
+settings.register_profile("hici", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("hici")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared folder (published checkpoints, books): $HICI_SHARED, or ../shared beside the repository."""
+    root = Path(__file__).resolve().parents[1]
+    place = Path(os.environ.get("HICI_SHARED", root.parent / "shared"))
+    if not place.is_dir():
+        pytest.skip(f"no shared folder at {place}; set HICI_SHARED to the one that holds published/ and books/")
+    return place

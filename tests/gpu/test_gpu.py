@@ -1,0 +1,93 @@
+"""On a CUDA device: run with `pytest -m gpu`. Skipped without one."""
+
+import pytest
+import torch
+
+from helpers import assert_slots_matter, difference, padded, random_ids, relative, strong_model
+from hici.attention import backends, get_backend
+from hici.models.attach import reconfigure
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+REFERENCE = get_backend("reference").attend
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.03), (torch.float32, 5e-3)], ids=["bf16", "float32"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 512, 128, 12, 0), (2, 500, 128, 12, 0), (2, 512, 128, 12, -1), (1, 400, 128, 12, -1), (2, 300, 128, 0, None)],
+    ids=lambda s: f"B{s[0]}-T{s[1]}-S{s[2]}-P{s[3]}",
+)
+@pytest.mark.parametrize("backend", sorted({b.name for b in backends().values() if b.available()} - {"reference"}))
+def test_backends_equal_the_reference(backend, shape, dtype, bound):
+    b, t, s, p, slotted = shape
+    heads, kv_heads, dim = 8, 2, 64
+
+    def draw(*sizes):
+        return torch.randn(*sizes, device="cuda", dtype=dtype, requires_grad=True)
+
+    tensors = [draw(b, t, heads, dim), draw(b, t, kv_heads, dim), draw(b, t, kv_heads, dim), None, None]
+    if slotted is not None:
+        n = -(-t // s) + slotted
+        tensors[3:] = [draw(b, n, p, kv_heads, dim), draw(b, n, p, kv_heads, dim)]
+    used = [x for x in tensors if x is not None]
+    weight = torch.randn(b, t, heads, dim, device="cuda")
+    results = []
+    for attend in (REFERENCE, get_backend(backend).attend):
+        out = attend(*tensors, segment_size=s, scale=dim**-0.5)
+        results.append([out, *torch.autograd.grad((out.float() * weight).sum(), used)])
+    assert results[1][0].dtype == dtype
+    for expected, actual in zip(*results, strict=True):
+        assert relative(actual, expected) < bound
+
+
+@pytest.mark.parametrize("visibility", ["all", "current", "past"])
+def test_a_train_step_lowers_the_loss(visibility):
+    model = strong_model(visibility=visibility).cuda().train()
+    ids = random_ids(4, 29).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(5):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_model_equals_its_cpu_self():
+    model = strong_model(visibility="past")
+    ids, mask = padded([random_ids(1, 29)[0], random_ids(1, 13)[0]], "left")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        out = model.cuda()(ids.cuda(), attention_mask=mask.cuda()).logits.cpu()
+    assert difference(out[mask.bool()], expected[mask.bool()]) < 1e-2
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["unpadded", "mask"])
+def test_compile(masked):
+    torch._dynamo.reset()
+    model = strong_model(visibility="past").cuda()
+    ids, mask = random_ids(2, 29), None
+    if masked:
+        ids, mask = padded([ids[0], ids[1, :13]], "left")
+        mask = mask.cuda()
+    ids = ids.cuda()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        out = torch.compile(model, fullgraph=True)(ids, attention_mask=mask).logits
+    real = slice(None) if mask is None else mask.bool()
+    assert difference(out[real], expected[real]) < 1e-2
+
+
+def test_slots_matter_on_the_device():
+    model = strong_model(visibility="past").to("cuda")
+    reconfigure(model, backend="auto")
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert_slots_matter(model.cpu())

@@ -1,0 +1,70 @@
+"""One of two gloo ranks; started by test_model_distributed.py as `python distributed_worker.py RANK STORE OUT`."""
+
+import datetime
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from helpers import loss_and_gradients, random_ids, strong_model
+
+CASES = {
+    "past": {"visibility": "past"},
+    "all": {"visibility": "all"},
+    "one-segment-past": {"visibility": "past", "num_segments": 1},
+    "no-slots": {"use_global": False, "use_local": False},
+    "no-global": {"use_global": False},
+}
+FSDP_CASES = ("past", "all", "no-slots")
+DDP_CASES = ("past", "one-segment-past", "no-slots", "no-global")
+RUNS = [("fsdp", case) for case in FSDP_CASES] + [("ddp", case) for case in DDP_CASES]
+IDS = random_ids(2, 29)
+
+
+def build(case):
+    return strong_model("qwen3" if case == "all" else "llama", check=False, **CASES[case]).train()
+
+
+def fsdp(case, rank):
+    model = build(case)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss, gradients = loss_and_gradients(model, IDS[rank : rank + 1])
+    gradients = {name: g if g is None else g.full_tensor() for name, g in gradients.items()}
+    return loss, gradients
+
+
+def ddp(case, rank):
+    model = build(case)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(3):  # an unused parameter is an error of the next forward
+        model.zero_grad(set_to_none=True)
+        loss = wrapped(IDS[rank : rank + 1], labels=IDS[rank : rank + 1]).loss
+        loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def main():
+    rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
+    results = {}
+    for task, case in RUNS:
+        loss, gradients = {"fsdp": fsdp, "ddp": ddp}[task](case, rank)
+        dist.all_reduce(loss)
+        results[task, case] = (loss / 2, gradients)
+    if rank == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

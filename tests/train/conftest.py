@@ -1,0 +1,60 @@
+"""A base, a tokenizer and text on disk; recipes for them."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from helpers import tiny_model
+
+TEXT = "the a cat dog river mountain runs sees under over quickly slowly and then while blue old house tree sings"
+WORDS = TEXT.split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def base(tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    model = tiny_model(tie_word_embeddings=True, max_position_embeddings=32, vocab_size=len(tokenizer))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """20 documents in which every word follows from the one before: learnable at once."""
+    directory = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        words = [WORDS[(i + 3 * j) % len(WORDS)] for j in range(200 + i)]
+        (directory / f"{i:02}.txt").write_text(" ".join(words))
+    return directory
+
+
+@pytest.fixture
+def values(base, text, tmp_path):
+    """A recipe's values: 64 tokens (twice the base's positions), segments of 16, past."""
+    return {
+        "model": str(base),
+        "data": [str(text)],
+        "output_dir": str(tmp_path / "run"),
+        "context_length": 64,
+        "hici": {"num_local_slots": 3, "num_global_slots": 2, "num_heads": 4, "bottleneck_dim": 32,
+                 "compress_dim": 16, "segment_size": 16, "visibility": "past"},
+        "max_steps": 12,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 2e-3,
+        "hici_learning_rate": 5e-3,
+        "warmup_steps": 2,
+        "heldout_fraction": 0.2,
+        "heldout_windows": 3,
+        "dtype": "float32",
+        "device": "cpu",
+    }  # fmt: skip

@@ -1,0 +1,98 @@
+"""Recipes: YAML, overrides, types, and errors that name the key."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hici.train.recipe import Recipe, load_recipe, recipe_from_dict
+
+MINIMAL = {"model": "m", "data": ["d"], "output_dir": "o", "context_length": 8}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "hici": {"visibility": "all", "segment_size": 4}}))
+    return path
+
+
+def test_defaults_are_the_published_ones():
+    recipe = recipe_from_dict(MINIMAL)
+    assert (recipe.learning_rate, recipe.hici_learning_rate, recipe.hici_max_grad_norm) == (2e-5, 2e-4, 0.3)
+    assert (recipe.warmup_steps, recipe.max_steps, recipe.lora_r, recipe.lora_alpha) == (20, 1000, 8, 16)
+    assert recipe.rope == "linear"
+
+
+def test_overrides(recipe_file):
+    recipe = load_recipe(
+        recipe_file,
+        ["--max-steps", "5", "--learning_rate=1e-3", "--hici.visibility", "past", "--data", "[a.txt, b.txt]",
+         "--overwrite", "true", "--heldout_data", "c.txt"],
+    )  # fmt: skip
+    assert (recipe.max_steps, recipe.learning_rate, recipe.overwrite) == (5, 1e-3, True)
+    assert (recipe.data, recipe.heldout_data) == (["a.txt", "b.txt"], ["c.txt"])
+    assert recipe.hici == {"visibility": "past", "segment_size": 4}
+    assert recipe.hici_config().visibility == "past"
+
+
+def test_a_recipe_is_yaml_again():
+    recipe = recipe_from_dict(MINIMAL)
+    assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
+def test_recipes_of_the_repository_are_valid(path):
+    recipe = load_recipe(path)
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    assert set(yaml.safe_load(path.read_text())) <= known
+    assert recipe.context_length >= 4096
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"learnig_rate": 1.0}, "unknown recipe key 'learnig_rate'.*Did you mean 'learning_rate'"),
+        ({"hici": {"visibilty": "past"}}, "unknown HiCIConfig field 'visibilty'.*Did you mean 'visibility'"),
+        ({"hici": {"num_segments": 2, "segment_size": 4}}, "num_segments=2 and segment_size=4 are both given"),
+        ({"max_steps": "many"}, "max_steps='many' is str, but int is needed"),
+        ({"max_steps": 1.5}, "max_steps=1.5 is float, but int is needed"),
+        ({"max_steps": True}, "max_steps=True is bool, but int is needed"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' is str, but float is needed"),
+        ({"overwrite": "yes please"}, "overwrite='yes please' is str, but bool is needed"),
+        ({"hici": "past"}, "hici='past' is str, but dict is needed"),
+        ({"max_steps": 0}, "max_steps=0 is below 1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is below 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is below 0"),
+        ({"hici_max_grad_norm": 0.0}, "hici_max_grad_norm=0.0 would stop all learning"),
+        ({"rope": "liner"}, "unknown rope 'liner'.*Did you mean 'linear'"),
+        ({"dtype": "float16"}, "unknown dtype 'float16'"),
+        ({"context_length": None}, "context_length=None is NoneType"),
+    ],
+)
+def test_bad_values_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_from_dict({**MINIMAL, **change})
+
+
+def test_missing_keys_and_files_are_named(tmp_path, recipe_file):
+    with pytest.raises(ValueError, match="lacks data, output_dir, context_length.*--data"):
+        recipe_from_dict({"model": "m"})
+    with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(ValueError, match="holds list, but a recipe is keys and values"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+    for words, message in (
+        (["--max_steps"], "--max_steps has no value"),
+        (["max_steps", "3"], "'max_steps' is not an override"),
+        (["--maxsteps", "3"], "unknown recipe key 'maxsteps'.*Did you mean 'max_steps'"),
+        (["--model.x", "3"], "'model' is not a section"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_recipe(recipe_file, words)

@@ -1,0 +1,230 @@
+"""Training end to end on a tiny model and text, and the parts of it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import set_seed
+
+import hici
+from helpers import logits, random_ids, small_config, tiny_model
+from hici.adapters.lora import trainable_parameters
+from hici.cli.main import main
+from hici.models.attach import attach, attention_modules
+from hici.train.recipe import recipe_from_dict
+from hici.train.run import load_base, make_trainer, prepare_data, prepare_model, train
+from hici.train.trainer import LanguageModel, Sequences, TrainingDivergedError
+
+
+@pytest.fixture
+def parts(values, tmp_path):
+    """(recipe, model, data, trainer) of the tiny recipe."""
+
+    def make(**changes):
+        recipe = recipe_from_dict({**values, **changes})
+        set_seed(recipe.seed)
+        tokenizer, model = load_base(recipe)
+        data = prepare_data(recipe, tokenizer, model.config.vocab_size)
+        model = prepare_model(recipe, model)
+        return recipe, model, data, make_trainer(recipe, model, data, str(tmp_path / "scratch"), progress=False)
+
+    return make
+
+
+def test_training_lowers_the_heldout_loss_and_saves_what_was_trained(values, tmp_path):
+    result = train(recipe_from_dict(values), progress=False)
+    before, after = result["heldout_loss"]["before"], result["heldout_loss"]["after"]
+    assert after["hici"] < before["hici"] - 0.3
+    assert after["full"] < before["full"] - 0.3
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {"adapter", "train.json", "train.png"}
+    saved = json.loads((run / "train.json").read_text())
+    assert saved["visibility"] == "past"
+    assert len(saved["steps"]) == 12
+    assert {"loss", "learning_rate", "hici_learning_rate", "hici_grad_norm", "other_grad_norm"} <= set(
+        saved["steps"][3]
+    )
+    assert saved["data"]["documents"] + saved["data"]["heldout_documents"] == 20
+    model = hici.from_pretrained(run / "adapter", attention="hici")
+    assert model.config.max_position_embeddings == 64
+    assert model.config.rope_parameters["factor"] == 2.0
+    windows = prepare_data(recipe_from_dict(values), *_tokenizer_and_size(values)).heldout
+    with torch.no_grad():
+        losses = [float(LanguageModel(model)(torch.from_numpy(row)[None])["loss"]) for row in windows]
+    assert np.mean(losses) == pytest.approx(after["hici"], abs=1e-4)
+
+
+def _tokenizer_and_size(values):
+    tokenizer, model = load_base(recipe_from_dict(values))
+    return tokenizer, model.config.vocab_size
+
+
+def test_the_same_seed_gives_the_same_run(values):
+    first = train(recipe_from_dict(values), progress=False)
+    again = train(recipe_from_dict({**values, "overwrite": True}), progress=False)
+    other = train(recipe_from_dict({**values, "overwrite": True, "seed": 1}), progress=False)
+    losses = [[step["loss"] for step in result["steps"]] for result in (first, again, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_an_existing_adapter_is_refused_before_any_work(values, tmp_path):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not empty.*--overwrite true"):
+        train(recipe_from_dict({**values, "model": "does/not/exist"}), progress=False)
+    assert (tmp_path / "run" / "adapter" / "mine.txt").read_text() == "precious"
+
+
+def test_two_groups_have_their_own_rate_and_warm_up(parts):
+    recipe, model, _, trainer = parts(warmup_steps=4)
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    hici_parameters, others = trainable_parameters(model)
+    groups = trainer.optimizer.param_groups
+    assert [{id(p) for p in g["params"]} for g in groups] == [{id(p) for p in x} for x in (others, hici_parameters)]
+    rates = []
+    for _ in range(6):
+        trainer.optimizer.step()
+        rates.append([group["lr"] for group in groups])
+        trainer.lr_scheduler.step()
+    assert rates[4] == rates[5] == [recipe.learning_rate, recipe.hici_learning_rate]
+    assert rates[2] == [recipe.learning_rate / 2, recipe.hici_learning_rate / 2]
+
+
+def test_each_group_is_clipped_by_its_own_norm(parts):
+    _, _, _, trainer = parts(max_grad_norm=0.5, hici_max_grad_norm=0.125, max_steps=1)
+    seen = {}
+
+    def record(optimizer, *args):
+        for name, group in zip(("other", "hici"), optimizer.param_groups, strict=True):
+            seen[name] = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in group["params"]])).item()
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(record)
+    trainer.train()
+    assert seen["other"] == pytest.approx(0.5, rel=1e-3)
+    assert seen["hici"] == pytest.approx(0.125, rel=1e-3)
+    assert trainer.step_log["other_grad_norm"] > 0.5
+    assert trainer.step_log["hici_grad_norm"] > 0.125
+
+
+def test_a_nan_gradient_stops_the_run(parts):
+    _, model, _, trainer = parts()
+    attention_modules(model)[0].local_constructor.memory_slots.data[0, 0] = math.nan
+    with pytest.raises(TrainingDivergedError, match="at step 1; nothing was saved"):
+        trainer.train()
+
+
+def test_the_loss_is_transformers_own(parts):
+    _, model, _, trainer = parts()
+    ids = random_ids(2, 64) % 22
+    expected = model(ids, labels=ids).loss
+    assert trainer.model(ids)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    labels = ids.clone()
+    labels[:, :32] = -100
+    expected = model(ids, labels=labels).loss
+    assert trainer.model(ids, labels)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_accumulated_gradients_equal_one_large_batch(parts):
+    gradients = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        _, model, _, trainer = parts(batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
+                                     max_grad_norm=1e9, hici_max_grad_norm=1e9)  # fmt: skip
+        trainer.create_optimizer()
+        found = {}
+        trainer.optimizer.register_step_pre_hook(
+            lambda *args, m=model, f=found: f.update(
+                {n: p.grad.clone() for n, p in m.named_parameters() if p.requires_grad}
+            )
+        )
+        trainer.train()
+        gradients.append(found)
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5, rtol=1e-3), name
+
+
+def test_bfloat16_keeps_trained_parameters_in_float32(values):
+    recipe = recipe_from_dict({**values, "dtype": "bfloat16", "max_steps": 2})
+    _, model = load_base(recipe)
+    wrapped = prepare_model(recipe, model)
+    for name, parameter in wrapped.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+    lm = wrapped.get_base_model()
+    assert lm.get_input_embeddings().weight.data_ptr() == lm.get_output_embeddings().weight.data_ptr()
+    result = train(recipe, progress=False)
+    assert all(math.isfinite(step["loss"]) for step in result["steps"])
+    assert logits(hici.from_pretrained(result["adapter"]), random_ids(1, 40) % 22).isfinite().all()
+
+
+def test_a_context_beyond_the_rope_is_an_error_without_extension(values):
+    with pytest.raises(ValueError, match="64 tokens are more than the 32 positions"):
+        train(recipe_from_dict({**values, "rope": "none"}), progress=False)
+
+
+def test_a_model_that_is_not_there(values):
+    with pytest.raises(ValueError, match="no model .does/not/exist.*give a directory with config.json"):
+        train(recipe_from_dict({**values, "model": "does/not/exist"}), progress=False)
+
+
+def test_first_token_is_no_target():
+    row = Sequences(np.arange(6).reshape(1, 6))[0]
+    assert row["labels"].tolist() == [-100, 1, 2, 3, 4, 5]
+    assert row["input_ids"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_heldout_data_of_its_own(values, text):
+    files = sorted(text.glob("*.txt"))
+    recipe = recipe_from_dict(
+        {**values, "data": [str(f) for f in files[:10]], "heldout_data": [str(f) for f in files[10:]]}
+    )
+    data = prepare_data(recipe, *_tokenizer_and_size(values))
+    assert (data.summary["documents"], data.summary["heldout_documents"]) == (10, 10)
+    assert data.heldout.shape == (3, 64)
+    assert data.summary["tokens_outside_of_whole_sequences"] < 64
+
+
+def test_the_command(values, tmp_path, capsys):
+    import yaml
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--max_steps", "2", "--hici.visibility", "all"]) == 0
+    out = capsys.readouterr().out
+    assert "held-out loss, hici attention, visibility all: sees the future: " in out
+    assert "held-out loss, full attention: " in out
+    saved = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert (saved["visibility"], len(saved["steps"])) == ("all", 2)
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--max_stps", "2"]) == 2
+    assert "Did you mean 'max_steps'" in capsys.readouterr().err
+
+
+def test_a_real_layer_learns_slots():
+    """The HiCI modules alone, on a frozen base, lower the loss: gradients reach them and help."""
+    model = tiny_model()
+    attach(model, small_config(visibility="all"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("local_constructor" in name or "global_integrator" in name)
+    ids = random_ids(4, 32)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_heldout_part_that_is_too_small_is_named(values):
+    with pytest.raises(ValueError, match="the held-out part .heldout_fraction 0.01.* fewer than one sequence of 400"):
+        prepare_data(
+            recipe_from_dict({**values, "heldout_fraction": 0.01, "context_length": 400}), *_tokenizer_and_size(values)
+        )
+
+
+def test_several_processes_are_refused(values, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2: `hici train` runs in one process"):
+        train(recipe_from_dict(values), progress=False)
