@@ -161,7 +161,7 @@ def test_memory_by_hand():
     training = training_memory(shape, 5, batch=3, number_bytes=2)
     assert (training["weights"], training["gradients"], training["optimizer"]) == (2800, 1200, 2400)
     assert training["checkpoints"] == 3 * 5 * 2 * 8 * 4
-    assert training["loss"] == 150 * 12
+    assert training["loss"] == 150 * 6 + 2 * 10 * 8 + 4 * 15 * 8
     generation = generation_memory(shape, 5, batch=3, number_bytes=2)
     assert (generation["weights"], generation["KV cache"]) == (2000, 2 * 15 * 2 * 1 * 4 * 2)
 

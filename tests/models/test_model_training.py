@@ -15,7 +15,7 @@ from helpers import (
     strong_model,
 )
 from hici.models.attach import attention_modules, reconfigure
-from hici.models.loss import next_token_losses, token_losses
+from hici.models.loss import next_token_loss, next_token_losses, summed_loss, token_losses
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
@@ -151,9 +151,12 @@ def test_chunked_loss_equals_the_stock_loss(monkeypatch):
     ids = random_ids(2, 29)
     expected_loss, expected = loss_and_gradients(model, ids)
     model.zero_grad(set_to_none=True)
+    total, count = next_token_loss(model, ids)
+    assert int(count) == 2 * 28
+    (total / count).backward()
+    assert difference(total / count, expected_loss) < 1e-5
     losses = next_token_losses(model, ids)
     assert losses.shape == (2, 28)
-    losses.mean().backward()
     assert difference(losses.mean(), expected_loss) < 1e-5
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert_same_gradients(gradients, expected, 1e-5)
@@ -167,7 +170,10 @@ def test_chunked_loss_skips_padding():
         losses = next_token_losses(model, ids, attention_mask=mask)
         alone = next_token_losses(model, row)
     assert not losses[1, :16].any()
+    total, count = next_token_loss(model, ids, attention_mask=mask)
     assert difference(losses[1:, 16:], alone) < 1e-5
+    assert int(count) == 28 + 12
+    assert difference(total, losses.sum()) < 1e-3
 
 
 def test_token_losses_ignore_and_bias():
@@ -175,3 +181,59 @@ def test_token_losses_ignore_and_bias():
     targets = torch.tensor([1, -100, 3, 10, 0, -100, 5])
     expected = functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="none", ignore_index=-100)
     assert relative(token_losses(hidden, weight, targets, bias), expected) < 1e-6
+
+
+@pytest.mark.parametrize("targets", [[1, -100, 3, 10, 0, -100, 5], [1, 2, 3, 10, 0, 4, 5], [-100] * 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_summed_loss_has_the_gradients_of_cross_entropy(targets, bias, monkeypatch):
+    monkeypatch.setattr("hici.models.loss._CHUNK_ELEMENTS", 11 * 3)  # 3 tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    inputs = [3 * torch.randn(shape, generator=generator) for shape in ((7, 4), (11, 4), (11,))[: 2 + bias]]
+    inputs = [x.requires_grad_() for x in inputs]
+    hidden, weight, *rest = inputs
+    targets = torch.tensor(targets)
+    expected = functional.cross_entropy(functional.linear(hidden, weight, *rest), targets, reduction="sum")
+    loss = summed_loss(hidden, weight, targets, *rest)
+    assert loss.dtype == torch.float32
+    assert difference(loss, expected) < 1e-5
+    gradients = torch.autograd.grad(2.5 * loss, inputs)
+    for gradient, right in zip(gradients, torch.autograd.grad(2.5 * expected, inputs), strict=True):
+        assert difference(gradient, right) < 1e-5
+    assert any(gradient.any() for gradient in gradients) == bool((targets >= 0).any())
+
+
+def test_summed_loss_makes_only_the_gradients_that_are_asked_for():
+    hidden, weight = torch.randn(7, 4, requires_grad=True), torch.randn(11, 4)
+    loss = summed_loss(hidden, weight, torch.arange(7))
+    assert [gradient is None for gradient in loss.grad_fn.gradients] == [False, True, True]
+    loss.backward()
+    assert hidden.grad.any()
+    assert weight.grad is None
+    with torch.no_grad():
+        assert summed_loss(hidden, weight, torch.arange(7)).grad_fn is None
+
+
+def test_summed_loss_cannot_be_differentiated_twice():
+    hidden, weight = torch.randn(7, 4, requires_grad=True), torch.randn(11, 4)
+    loss = summed_loss(hidden, weight, torch.arange(7))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated before"):
+        loss.backward()
+
+
+def test_summed_loss_in_bf16_autocast_sums_the_weights_gradient_in_float32(monkeypatch):
+    monkeypatch.setattr("hici.models.loss._CHUNK_ELEMENTS", 64)  # a token at a time: 2,048 terms in the sum
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2048, 32, generator=generator, dtype=torch.bfloat16).requires_grad_()
+    weight = (0.1 * torch.randn(64, 32, generator=generator)).requires_grad_()
+    targets = torch.randint(0, 64, (2048,), generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = summed_loss(hidden, weight, targets)
+    loss.backward()
+    assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    reference = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    expected = functional.cross_entropy(reference[0] @ reference[1].T, targets, reduction="sum")
+    expected.backward()
+    assert relative(loss.detach(), expected.detach()) < 1e-4
+    assert relative(hidden.grad, reference[0].grad) < 1e-2
+    assert relative(weight.grad, reference[1].grad) < 5e-3  # 9e-2 when summed in bfloat16

@@ -213,7 +213,7 @@ def test_a_real_layer_learns_slots():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
 
 

@@ -1,16 +1,21 @@
 """Language-model loss that never holds [T, vocabulary] logits.
 
-Shapes: T tokens, D width, V vocabulary.
+Two ways to one number: `token_losses` gives every token's loss and no gradient (evaluation); `summed_loss` gives their
+sum and makes its gradient while each chunk's logits exist, so that the backward pass needs no second product with
+the head (training).
+
+Shapes: T tokens, C tokens of a chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from hici.models.architectures import get_architecture
 from hici.models.attach import get_causal_lm, get_decoder
@@ -19,30 +24,105 @@ IGNORE = -100
 _CHUNK_ELEMENTS = 2**25  # logits held at a time: 128 MiB in float32
 
 
+@torch.no_grad()
 def token_losses(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """Cross entropy of each token, [T] in float32 nats, 0 where the target is -100.
+    """Cross entropy of each token, [T] in float32 nats, 0 where the target is -100. Without gradient."""
+    weight_VD = weight_VD.to(_head_dtype(weight_VD))
+    losses = [
+        F.cross_entropy(_logits(hidden_CD, weight_VD, bias_V), targets_C, ignore_index=IGNORE, reduction="none")
+        for hidden_CD, targets_C in _chunks(hidden_TD, targets_T, weight_VD)
+    ]
+    return torch.cat(losses)
 
-    The logits of one chunk of tokens exist at a time; in the backward pass they are computed again.
+
+def summed_loss(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """Sum of the cross entropies of all tokens whose target is not -100: a float32 scalar, in nats.
+
+    Differentiable once in hidden states, weight and bias. The weight's gradient is summed over the chunks in float32,
+    and lives from the forward to the backward pass.
     """
-    chunk = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
-    parts = []
-    for hidden, targets in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(_chunk_losses, hidden, weight_VD, targets, bias_V, use_reentrant=False))
-        else:
-            parts.append(_chunk_losses(hidden, weight_VD, targets, bias_V))
-    return torch.cat(parts)
+    inputs = (hidden_TD, weight_VD, bias_V)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        return token_losses(hidden_TD, weight_VD, targets_T, bias_V).sum()
+    counted_T = targets_T != IGNORE
+    if not counted_T.all():  # the others need no logits
+        hidden_TD, targets_T = hidden_TD[counted_T], targets_T[counted_T]
+    return _SummedLoss.apply(hidden_TD, weight_VD, targets_T, bias_V)
 
 
-def _chunk_losses(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None) -> Tensor:
-    if not torch.is_autocast_enabled(hidden_TD.device.type):
-        hidden_TD = hidden_TD.to(weight_VD.dtype)
-    logits_TV = F.linear(hidden_TD, weight_VD, bias_V).float()
-    return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="none")
+class _SummedLoss(torch.autograd.Function):
+    """loss = sum_t -log softmax(h_t W' + b)[y_t], so with G = softmax(h W' + b) - onehot(y): dh = G W, dW = G' h."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None) -> Tensor:
+        hidden_grad, weight_grad, _, bias_grad = ctx.needs_input_grad
+        lower_VD = weight_VD.to(_head_dtype(weight_VD))
+        d_hidden_TD = torch.empty_like(hidden_TD) if hidden_grad else None
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_grad else None
+        d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_grad and bias_V is not None else None
+        loss, start = torch.zeros((), device=hidden_TD.device), 0
+        for hidden_CD, targets_C in _chunks(hidden_TD, targets_T, lower_VD):
+            grad_CV, chunk_loss = _loss_and_gradient(_logits(hidden_CD, lower_VD, bias_V), targets_C)
+            loss += chunk_loss
+            lower_CV = grad_CV.to(lower_VD.dtype)
+            if d_hidden_TD is not None:
+                d_hidden_TD[start : start + len(targets_C)] = lower_CV @ lower_VD
+            if d_weight_VD is not None:
+                d_weight_VD += lower_CV.T @ hidden_CD
+            if d_bias_V is not None:
+                d_bias_V += grad_CV.sum(0)
+            start += len(targets_C)
+        ctx.gradients = (d_hidden_TD, d_weight_VD, d_bias_V)
+        ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("this loss was differentiated before, and its gradients are gone; compute it again")
+        # in place: they are this node's own, and the weight's may be half a gigabyte
+        d_hidden, d_weight, d_bias = (
+            None if gradient is None else gradient.mul_(d_loss).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        )
+        ctx.gradients = None
+        return d_hidden, d_weight, None, d_bias
+
+
+def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax(logits) - onehot(targets), summed loss); the gradient takes the logits' memory."""
+    target_C1 = targets_C[:, None]
+    largest_C1 = logits_CV.max(dim=-1, keepdim=True).values
+    target_logits_C1 = logits_CV.gather(1, target_C1)
+    weights_CV = logits_CV.sub_(largest_C1).exp_()
+    total_C1 = weights_CV.sum(dim=-1, keepdim=True)
+    loss = (total_C1.log() + largest_C1 - target_logits_C1).sum()
+    gradient_CV = weights_CV.div_(total_C1)
+    return gradient_CV.scatter_add_(1, target_C1, torch.full_like(total_C1, -1.0)), loss
+
+
+def _chunks(hidden_TD: Tensor, targets_T: Tensor, weight_VD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(hidden states in the weight's dtype [C, D], targets [C])."""
+    size = max(1, _CHUNK_ELEMENTS // len(weight_VD))
+    for hidden_CD, targets_C in zip(hidden_TD.split(size), targets_T.split(size), strict=True):
+        yield hidden_CD.to(weight_VD.dtype), targets_C
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """[C, V] in float32; bias added in the weight's dtype, as nn.Linear does."""
+    bias_V = None if bias_V is None else bias_V.to(weight_VD.dtype)
+    return F.linear(hidden_CD, weight_VD, bias_V).float()
+
+
+def _head_dtype(weight_VD: Tensor) -> torch.dtype:
+    """What the head would compute in: autocast's dtype, else the weight's."""
+    device = weight_VD.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
 
 
 def next_token_losses(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
-    """Losses [B, T-1] of predicting token t+1 from tokens 0..t, for a causal LM (also inside PEFT).
+    """Losses [B, T-1] of predicting token t+1 from tokens 0..t, for a causal LM (also inside PEFT); no gradient.
 
     `inputs` go to the decoder (attention_mask, ...). Targets under a zero of `attention_mask`, and targets whose
     query is padding, count 0.
@@ -50,16 +130,34 @@ def next_token_losses(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     Raises:
         ValueError: a model whose head may do more than a matrix product (scale, cap, LoRA), which would be left out.
     """
+    with torch.no_grad():
+        head, hidden_TD, targets = _predictions(model, input_ids, input_ids, inputs)
+        return token_losses(hidden_TD, head.weight, targets.flatten(), head.bias).view(targets.shape)
+
+
+def next_token_loss(
+    model: Any, input_ids: Tensor, labels: Tensor | None = None, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """(sum of the next-token losses in nats, number of targets), differentiable.
+
+    `labels` [B, T] are the targets before the shift, `input_ids` when not given; -100 does not count. The rest as in
+    `next_token_losses`.
+    """
+    head, hidden_TD, targets = _predictions(model, input_ids, input_ids if labels is None else labels, inputs)
+    return summed_loss(hidden_TD, head.weight, targets.flatten(), head.bias), (targets != IGNORE).sum()
+
+
+def _predictions(model: Any, input_ids: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
+    """(head, hidden states [B (T-1), D], shifted targets [B, T-1])."""
     head = _linear_head(model)
     hidden_BTD = get_decoder(model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     # a device_map may end on another device than it began
-    hidden_BTD, targets = hidden_BTD.to(head.weight.device), input_ids[:, 1:].to(head.weight.device)
+    hidden_BTD, targets = hidden_BTD.to(head.weight.device), labels[:, 1:].to(head.weight.device)
     mask = inputs.get("attention_mask")
     if mask is not None:
         padding = (mask[:, 1:] == 0) | (mask[:, :-1] == 0)
         targets = targets.masked_fill(padding.to(targets.device), IGNORE)
-    losses = token_losses(hidden_BTD[:, :-1].flatten(0, 1), head.weight, targets.flatten(), head.bias)
-    return losses.view(targets.shape)
+    return head, hidden_BTD[:, :-1].flatten(0, 1), targets
 
 
 def _linear_head(model: Any) -> Any:

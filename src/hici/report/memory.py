@@ -13,7 +13,8 @@ dimension, V vocabulary, h and M heads and slots of local construction, b bytes 
                        + 5 b H E                       q, k, v, output, and the input of o_proj
                        + 6 b I                         gate, up, act, product, and the gradients of two
                        + (4 + b) h M)                  weights of local construction
-      loss        n (2 b + 8) with n = min(B T V, 2^25)  a chunk of logits and its gradient, in b bytes and float32
+      loss        n (b + 4) + b V D + 4 B T D          n = min(B T V, 2^25) logits of a chunk or their gradient, in b
+                                                       bytes and float32; the head in b bytes; the gradient of its input
     generation  = weights + KV cache + one layer's prefill
       weights     b x the model's parameters (adapters merged or not makes little difference)
       KV cache    2 B T L J E b                        attention full, or hici with raw keys
@@ -73,7 +74,7 @@ def training_memory(shape: Shape, tokens: int, *, batch: int = 1, number_bytes: 
         "optimizer": 8 * shape.trained,
         "checkpoints": rows * shape.layers * shape.width * TRAINED_BYTES,
         "one layer": rows * (layer_bytes_per_token(shape, number_bytes) + 2 * number_bytes * shape.mlp_width),
-        "loss": chunk * (2 * number_bytes + 8),
+        "loss": chunk * (number_bytes + 4) + shape.width * (number_bytes * shape.vocabulary + 4 * rows),
     }
 
 

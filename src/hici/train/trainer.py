@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from hici.adapters.lora import trainable_parameters
-from hici.models.loss import IGNORE, next_token_losses
+from hici.models.loss import IGNORE, next_token_loss
 
 
 class TrainingDivergedError(ValueError):
@@ -35,12 +35,10 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Mean next-token loss (nats) over the targets. `labels` [B, T] only mark what counts: -100 does not."""
+        """Mean next-token loss (nats) over the targets; `labels` [B, T] as in `next_token_loss`."""
         inputs = {} if attention_mask is None else {"attention_mask": attention_mask}
-        losses = next_token_losses(self.model, input_ids, **inputs)
-        counts = torch.ones_like(losses) if labels is None else (labels[:, 1:] != IGNORE).to(losses.dtype)
-        total = (losses * counts).sum()
-        return {"loss": total / (counts.sum() if num_items_in_batch is None else num_items_in_batch)}
+        total, count = next_token_loss(self.model, input_ids, labels, **inputs)
+        return {"loss": total / (count if num_items_in_batch is None else num_items_in_batch)}
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
