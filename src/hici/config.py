@@ -122,12 +122,19 @@ class HiCIConfig:
             )
 
     def replace(self, **changes: Any) -> HiCIConfig:
-        """A copy with some fields changed. Giving `num_segments` drops `segment_size`, and the other way round."""
+        """A copy with some fields changed. Giving `num_segments` drops `segment_size`, and the other way round.
+
+        Raises:
+            ValueError: an unknown field; values that don't fit together; the segments taken away without new ones.
+        """
         check_field_names(changes)
         if changes.get("segment_size") is not None:
             changes.setdefault("num_segments", None)
         elif changes.get("num_segments") is not None:
             changes.setdefault("segment_size", None)
+        segments = [changes.get(name, getattr(self, name)) for name in ("num_segments", "segment_size")]
+        if segments == [None, None]:
+            raise ValueError("num_segments=None and segment_size=None leave no segments; give one of them a number")
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

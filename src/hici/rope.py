@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from hici.models.architectures import get_architecture
 from hici.registry import suggest
 
 METHODS = ("linear", "yarn")
@@ -13,10 +14,12 @@ METHODS = ("linear", "yarn")
 def extended_rope(model_config: Any, context_length: int, method: str = "linear") -> dict[str, Any]:
     """Rope parameters with which `model_config`'s model represents `context_length` positions.
 
-    factor = ceil(context / original positions), as published. Returns the present parameters when they already reach.
+    As published: factor = ceil(context / original positions), and for qwen3 the quotient itself. Returns the present
+    parameters when they already reach.
 
     Raises:
-        ValueError: unknown method; the model's rope is scaled already, so that a second scaling has no agreed meaning.
+        ValueError: unknown method; a model type without an architecture file; the model's rope is scaled already, so
+            that a second scaling has no agreed meaning.
     """
     if method not in METHODS:
         raise ValueError(suggest(method, METHODS, "rope method"))
@@ -30,7 +33,9 @@ def extended_rope(model_config: Any, context_length: int, method: str = "linear"
             f"{context_length} would scale twice; give a context <= {positions}, or set config.rope_parameters and "
             "config.max_position_embeddings yourself"
         )
-    factor = float(math.ceil(context_length / positions))
+    factor = context_length / positions
+    if get_architecture(model_config.model_type).whole_rope_factor:
+        factor = float(math.ceil(factor))
     extended = {**present, "rope_type": method, "factor": factor}
     if method == "yarn":
         extended["original_max_position_embeddings"] = positions

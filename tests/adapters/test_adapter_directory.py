@@ -112,7 +112,7 @@ def test_a_new_process_gives_the_same_logits(llama, tmp_path):
         "with torch.no_grad(): got = model(ids).logits\n"
         "print('difference', (got - expected).abs().max().item())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "difference 0.0" in done.stdout
 
@@ -232,13 +232,37 @@ def test_a_wrong_tensor_is_named_and_the_base_untouched(llama, file, fault):
 
     edit(directory / file, change)
     plain = AutoModelForCausalLM.from_pretrained(base)
+    next(plain.parameters()).requires_grad_(False)
+    trains = [parameter.requires_grad for parameter in plain.parameters()]
     expected, rope = logits(plain, IDS[:, :32]), dict(plain.config.rope_parameters)
     named = "some.other.tensor" if fault == "left over" else name.replace(".", r"\.")
     refuse(directory, rf"{fault}.*{named}" if fault != "NaN" else rf"NaN.*{named}", plain)
     assert not is_attached(plain)
     assert plain.config.rope_parameters == rope
     assert plain.config.max_position_embeddings == 32
+    assert [parameter.requires_grad for parameter in plain.parameters()] == trains
     assert difference(logits(plain, IDS[:, :32]), expected) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("adapter_config.json", lambda v: {**without(v, "lora_alpha"), "lora_alhpa": 16}, "'lora_alhpa'.*'lora_alpha'"),
+        ("adapter_config.json", lambda v: without(v, "lora_alpha"), "lacks lora_alpha"),
+        ("adapter_config.json", lambda v: without(v, "r"), "lacks r;"),
+        ("hici_config.json", lambda v: {**v, "hici": without(v["hici"], "visibility")}, "hici lacks visibility"),
+        ("hici_config.json", lambda v: {**v, "rope_parameters": {}}, "rope_parameters lacks rope_type, rope_theta"),
+        ("hici_config.json", lambda v: {**v, "peft": False}, "no PEFT part, but adapter_config.json"),
+    ],
+)
+def test_a_lost_or_misspelt_value_is_no_default(llama, file, change, match):
+    path = llama[2] / file
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    refuse(llama[2], match)
+
+
+def without(values, key):
+    return {name: value for name, value in values.items() if name != key}
 
 
 def test_an_unknown_key_is_refused(llama):
@@ -308,6 +332,62 @@ def test_changed_base_weights_are_not_lost_silently(tmp_path):
     with pytest.raises(ValueError, match="own weights changed since hici.attach.*add_lora"):
         hici.save_pretrained(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_one_changed_number_is_noticed(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base"))
+    hici.attach(model, small_config())
+    model.model.embed_tokens.weight.data[5, 3] += 1e-3
+    with pytest.raises(ValueError, match=r"1 of the model's own weights changed.*embed_tokens"):
+        hici.save_pretrained(model, tmp_path / "adapter")
+    model.to(torch.bfloat16)  # a cast is no change that would be lost
+    hici.save_pretrained(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_weights_that_train_outside_of_peft_are_not_lost_silently(llama, tmp_path, changed):
+    _, model, _ = llama
+    head = model.get_base_model().lm_head.weight
+    if changed:
+        head.data[3, 4] += 1.0
+    else:
+        head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"changed since hici.attach, or train \(.*lm_head.*add_lora"):
+        hici.save_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_merged_layers_can_be_saved(llama, tmp_path):
+    _, model, _ = llama
+    expected = logits(model, IDS)
+    model.merge_adapter()
+    hici.save_pretrained(model, tmp_path / "new")
+    assert difference(logits(hici.from_pretrained(tmp_path / "new", attention="hici"), IDS), expected) == 0
+
+
+def test_rounding_to_the_base_is_said(tmp_path, caplog):
+    base = tmp_path / "base"
+    tiny_model(max_position_embeddings=32).to(torch.bfloat16).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    hici.attach(model, small_config(segment_size=16))
+    wrapped = hici.add_lora(model)
+    for group in trainable_parameters(wrapped):
+        for parameter in group:
+            parameter.data = parameter.data.float() + 1e-3
+    hici.save_pretrained(wrapped, tmp_path / "adapter")
+    hici.from_pretrained(tmp_path / "adapter")
+    assert "are finer than the base's torch.bfloat16 and were rounded" in caplog.text
+    caplog.clear()
+    exact = hici.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert not caplog.text
+    saved = load_file(tmp_path / "adapter" / "hici_model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in hici_state_dict(exact).items())
+
+
+def test_a_path_from_home(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hici.save_pretrained(llama[1], "~/mine") == tmp_path / "mine"
+    hici.from_pretrained("~/mine")
 
 
 def test_save_and_lora_need_an_attached_plain_model(tmp_path):

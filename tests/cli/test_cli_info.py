@@ -150,18 +150,18 @@ def test_the_layers_memory_is_what_autograd_saves(width, mlp, heads, kv_heads, d
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.model.layers[0](hidden, position_embeddings=position_embeddings)
     shape = Shape(1, width, mlp, heads, kv_heads, width // heads, 64, local_scores=64, parameters=0,
-                  held_in_training=0, trained=0)  # fmt: skip
+                  held_in_training=0, trained=0, head_trains=False)  # fmt: skip
     estimate = tokens * layer_bytes_per_token(shape, dtype.itemsize)
     assert sum(storages.values()) == pytest.approx(estimate, rel=0.12)
 
 
 def test_memory_by_hand():
     shape = Shape(layers=2, width=8, mlp_width=16, heads=2, kv_heads=1, head_dim=4, vocabulary=10, local_scores=6,
-                  parameters=1000, held_in_training=1100, trained=300)  # fmt: skip
+                  parameters=1000, held_in_training=1100, trained=300, head_trains=True)  # fmt: skip
     training = training_memory(shape, 5, batch=3, number_bytes=2)
     assert (training["weights"], training["gradients"], training["optimizer"]) == (2800, 1200, 2400)
     assert training["checkpoints"] == 3 * 5 * 2 * 8 * 4
-    assert training["loss"] == 150 * 6 + 2 * 10 * 8 + 4 * 15 * 8
+    assert training["loss"] == 150 * 6 + 4 * 15 * 8 + 12 * 10 * 8
     generation = generation_memory(shape, 5, batch=3, number_bytes=2)
     assert (generation["weights"], generation["KV cache"]) == (2000, 2 * 15 * 2 * 1 * 4 * 2)
 

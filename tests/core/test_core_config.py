@@ -107,6 +107,8 @@ def test_replace():
         config.replace(num_segments=2, segment_size=16)
     with pytest.raises(ValueError, match="num_heads=3"):
         config.replace(num_heads=3)
+    with pytest.raises(ValueError, match="leave no segments; give one of them"):
+        config.replace(segment_size=16).replace(segment_size=None)
 
 
 @pytest.mark.parametrize("change", [lambda v: HiCIConfig().replace(**v), HiCIConfig.from_dict], ids=["replace", "from"])

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from helpers import SEGMENT, VOCAB, strong_model, tiny_model
 from hici.eval.perplexity import choose_windows, paired_difference, perplexity
-from hici.models.attach import reconfigure
-from hici.models.modes import attention_mode, leaks_future, set_attention, visibility_in_use
+from hici.models.attach import attention_mode, reconfigure
+from hici.models.modes import leaks_future, set_attention, visibility_in_use
 
 
 def stream(tokens=150, seed=3):

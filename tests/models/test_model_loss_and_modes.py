@@ -58,3 +58,18 @@ def test_a_prompt_in_pieces_is_warned_about_once(caplog):
         model(IDS[:, :1], past_key_values=cache)
     records = [r for r in caplog.records if "raw keys" in r.getMessage()]
     assert [r.levelname for r in records] == ["WARNING"]
+
+
+def test_the_config_holds_the_mode_that_was_set():
+    model = attach(tiny_model(), small_config())
+    assert model.config.hici["attention"] == "hici"
+    for mode in ("full", "hici_s2", "hici"):
+        set_attention(model, mode)
+        assert model.config.hici["attention"] == mode
+
+
+def test_every_trainable_parameter_takes_part_in_shifted_sparse_attention_too():
+    model = attach(tiny_model(), small_config()).train()
+    set_attention(model, "hici_s2")
+    model(IDS, labels=IDS).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

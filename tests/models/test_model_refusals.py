@@ -67,6 +67,33 @@ def test_mode_of_a_never_attached_model(mode):
         logits(model, random_ids(2, 9), torch.tensor([[0] * 3 + [1] * 6, [1] * 9]))
 
 
+def test_a_failed_attach_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_model()
+    names = list(model.state_dict())
+
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hici.models.attach.GlobalIntegrator.__init__", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            attach(model, small_config())
+    assert list(model.state_dict()) == names
+    assert not is_attached(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    attach(model, small_config())
+
+
+def test_masks_that_are_none(either_mode):
+    model, mode = either_mode
+    ids = random_ids(1, 9)
+    for length in (8, 10):
+        with pytest.raises(ValueError, match=f"attention_mask covers {length} tokens, but there are 9"):
+            logits(model, ids, torch.ones(1, length, dtype=torch.long))
+    with pytest.raises(ValueError, match=f"attention_mask is a dict, but attention mode '{mode}'"):
+        model(ids, attention_mask={"full_attention": None})
+
+
 def test_packed_positions(either_mode):
     model, mode = either_mode
     positions = torch.tensor([list(range(9)), [*range(4), *range(5)]])

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hici.adapters.card import model_card
 from hici.config import HiCIConfig
 from hici.files import atomic_directory, check_target, read_json, write_json, write_text
+from hici.models.architectures.base import is_hici_name
 from hici.models.attach import (
     attach,
+    attention_mode,
     detach,
     get_causal_lm,
     get_decoder,
@@ -31,10 +33,11 @@ from hici.models.attach import (
     hici_state_dict,
     is_attached,
     is_peft,
+    write_config,
 )
-from hici.models.bridge import HICI
-from hici.models.fingerprint import base_fingerprint
-from hici.models.modes import FULL, attention_mode, set_attention
+from hici.models.bridge import FULL, HICI
+from hici.models.fingerprint import base_checksums, base_fingerprint, changed_tensors
+from hici.models.modes import set_attention
 from hici.provenance import provenance
 from hici.registry import suggest
 from hici.rope import config_rope_parameters, set_rope
@@ -83,20 +86,16 @@ def save_pretrained(
         context_length: tokens that it was trained for; None: the positions of its rope.
 
     Raises:
-        ValueError: nothing attached; base weights that changed outside of PEFT (they would be lost); a NaN or
+        ValueError: nothing attached; base weights that changed or train outside of PEFT (they would be lost); a NaN or
             infinity; parameters sharded over processes; another PEFT adapter than one LoRA called "default"; a
             directory that is not empty, or with `overwrite` is not one of ours. Nothing on disk has changed then.
     """
+    directory = Path(directory).expanduser()
     lm, peft = get_causal_lm(model), is_peft(model)
     config = hici_config(model)
     check_target(directory, overwrite=overwrite, marker=CONFIG_FILE)
     _refuse_unsavable(model)
-    attached = get_decoder(model).hici_attached
-    if not peft and base_fingerprint(lm) != attached.base_fingerprint:
-        raise ValueError(
-            "the model's own weights changed since hici.attach, and this directory holds HiCI modules only: they "
-            "would be lost; train through hici.add_lora, or use model.save_pretrained for the whole model"
-        )
+    _refuse_losses(model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in hici_state_dict(model).items()}
     _refuse_bad_values(tensors, "this model")
     record = Record(
@@ -107,7 +106,7 @@ def save_pretrained(
         max_position_embeddings=lm.config.max_position_embeddings,
         base_model=_stable_name(lm.config.name_or_path),
         base_model_type=lm.config.model_type,
-        base_fingerprint=attached.base_fingerprint,
+        base_fingerprint=get_decoder(model).hici_attached.base_fingerprint,
         peft=peft,
         made_with=provenance(),
     )
@@ -123,7 +122,8 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_text(temporary / "README.md", model_card(record, str(directory)))
-    return Path(directory)
+    write_config(model)
+    return directory
 
 
 def from_pretrained(
@@ -140,7 +140,8 @@ def from_pretrained(
         base_model: name or path of the base, or a plain loaded model (used in place). None: the recorded name.
         attention: "full" (the model's stock attention) or "hici".
         dtype, device_map: as in transformers' from_pretrained; None: the base's own dtype, CPU. Not with a loaded
-            `base_model`, which has its own.
+            `base_model`, which has its own. `hici train` saves float32; on a bfloat16 base that is rounded (logged),
+            and small changes of weights near 1, such as the norms', may vanish. `torch.float32` keeps all of it.
 
     Returns:
         A PeftModel where LoRA was saved, else the plain causal LM; nothing in it requires gradients.
@@ -158,6 +159,7 @@ def from_pretrained(
     model = _base(base_model if base_model is not None else record.base_model, record, dtype, device_map, directory)
     _check_base(model, record, directory)
     rope_before = dict(model.config.rope_parameters), model.config.max_position_embeddings
+    trained_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if rope_before != (record.rope_parameters, record.max_position_embeddings):
             set_rope(model, record.rope_parameters, record.max_position_embeddings)
@@ -168,7 +170,10 @@ def from_pretrained(
         if is_attached(model):
             detach(model)
         set_rope(model, *rope_before)
+        for parameter, trained in trained_before:  # PEFT froze them
+            parameter.requires_grad_(trained)
         raise
+    _tell_rounding({**tensors, **peft_tensors}, model.dtype, directory)
     set_attention(wrapped, attention)
     return wrapped.requires_grad_(False).eval()
 
@@ -207,11 +212,30 @@ def read_record(directory: str | Path) -> Record:
             f"{directory / CONFIG_FILE} has format_version {record.format_version}, but this hici reads "
             f"{FORMAT_VERSION}; install the hici that wrote it ({record.made_with.get('hici')})"
         )
-    HiCIConfig.from_dict(record.hici)
+    _check_parts(record, directory)
     for name in (HICI_FILE, *(PEFT_FILES if record.peft else ())):
         if not (directory / name).is_file():
             raise ValueError(f"{directory} lacks {name}; half a checkpoint is not loaded: copy the file again")
     return record
+
+
+def _check_parts(record: Record, directory: Path) -> None:
+    """The dicts inside the record are whole: a default in place of a lost value would load as another model."""
+    file = directory / CONFIG_FILE
+    for part, needed, values in (
+        ("hici", [field.name for field in dataclasses.fields(HiCIConfig)], record.hici),
+        ("rope_parameters", ["rope_type", "rope_theta"], record.rope_parameters),
+    ):
+        missing = [key for key in needed if key not in values]
+        if missing:
+            raise ValueError(f"{file}: {part} lacks {', '.join(missing)}; copy the file again")
+    HiCIConfig.from_dict(record.hici)
+    present = [name for name in PEFT_FILES if (directory / name).exists()]
+    if present and not record.peft:
+        raise ValueError(
+            f"{file} says that the directory has no PEFT part, but {', '.join(present)} is there; take it away, or "
+            f"copy {CONFIG_FILE} again"
+        )
 
 
 def _base(base_model: Any, record: Record, dtype: Any, device_map: Any, directory: Path) -> Any:
@@ -272,21 +296,46 @@ def _load_hici(model: Any, tensors: dict[str, Tensor], file: Path) -> None:
 def _load_peft(model: Any, tensors: dict[str, Tensor], directory: Path) -> Any:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    _check_lora_keys(directory / PEFT_FILES[0])
     try:
         config = LoraConfig.from_pretrained(str(directory))
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{directory / PEFT_FILES[0]} is not a LoRA config ({error}); copy the file again") from error
     config.inference_mode = True
     config.base_model_name_or_path = model.config.name_or_path  # checked by its weights; PEFT would warn of a new path
-    wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    modules = dict(model.named_modules())
     try:
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
         expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         check_tensors({name: t.shape for name, t in expected.items()}, tensors, directory / PEFT_FILES[1])
-    except ValueError:
-        wrapped.unload()
+    except BaseException:
+        _unwrap(model, modules)
         raise
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped
+
+
+def _unwrap(model: Any, modules: dict[str, nn.Module]) -> None:
+    """Put the model's own modules back (PEFT's unload would leave its copies of embeddings and norms)."""
+    for name, module in modules.items():
+        if model.get_submodule(name) is not module:
+            model.set_submodule(name, module)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _check_lora_keys(file: Path) -> None:
+    """PEFT itself ignores a key that it does not know and takes a default for one that is lost."""
+    from peft import LoraConfig
+
+    known = [field.name for field in dataclasses.fields(LoraConfig)]
+    values = read_json(file)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{file}: {suggest(key, known, 'key')} (a newer PEFT may have written it: install that)")
+    missing = [key for key in ("peft_type", "r", "lora_alpha", "target_modules") if key not in values]
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}; copy the file again")
 
 
 def check_tensors(expected: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> None:
@@ -304,6 +353,15 @@ def check_tensors(expected: dict[str, Any], tensors: dict[str, Tensor], file: Pa
             + "; ".join(problems[:8])
             + ". Give the config and base that it was saved with, or copy the file again"
         )
+
+
+def _tell_rounding(tensors: dict[str, Tensor], dtype: torch.dtype, directory: Path) -> None:
+    finer = [n for n, t in tensors.items() if t.is_floating_point() and torch.promote_types(t.dtype, dtype) != dtype]
+    if finer:
+        logger.warning(
+            "%d of %d tensors of %s are finer than the base's %s and were rounded to it (%s, ...); dtype=torch.float32 "
+            "keeps them exactly", len(finer), len(tensors), directory, dtype, finer[0],
+        )  # fmt: skip
 
 
 def _refuse_bad_values(tensors: dict[str, Tensor], where: str) -> None:
@@ -336,6 +394,22 @@ def _refuse_unsavable(model: Any) -> None:
         kinds = ", ".join(f"{name} ({config.peft_type})" for name, config in adapters.items())
         raise ValueError(f"the model has the PEFT adapters {kinds}, but one LoRA called 'default' is what a directory "
                          "holds; wrap the attached model with hici.add_lora")  # fmt: skip
+
+
+def _refuse_losses(model: Any) -> None:
+    """Trained weights that neither PEFT nor the HiCI modules hold are not in the directory."""
+    before = get_decoder(model).hici_attached.base_checksums
+    lost = changed_tensors(before, base_checksums(get_causal_lm(model)))
+    if is_peft(model):
+        training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        saved = (".lora_", ".modules_to_save.")
+        lost += [name for name in training if not is_hici_name(name) and not any(part in name for part in saved)]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of the model's own weights changed since hici.attach, or train ({', '.join(lost[:4])}), and "
+            "this directory holds HiCI modules and PEFT's part only: they would be lost; train through hici.add_lora "
+            "(modules_to_save), or use model.save_pretrained for the whole model"
+        )
 
 
 def _stable_name(name: str) -> str:

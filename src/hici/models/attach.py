@@ -15,8 +15,8 @@ from hici.core.global_integration import GlobalIntegrator
 from hici.core.local_construction import LocalConstructor
 from hici.models.architectures import get_architecture
 from hici.models.architectures.base import HICI_MODULES, Architecture, is_hici_name
-from hici.models.bridge import HICI, MODES, attention_pre_hook, decoder_pre_hook
-from hici.models.fingerprint import base_fingerprint
+from hici.models.bridge import FULL, HICI, MODES, attention_pre_hook, decoder_pre_hook
+from hici.models.fingerprint import Checksum, base_checksums, base_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class Attached:
 
     stock_attention: str
     base_fingerprint: str
+    base_checksums: dict[str, Checksum]
     told_raw_decode: bool = False  # the decoder's hook says once that decoding has no slots
 
 
@@ -61,14 +62,23 @@ def attach(model: Any, config: HiCIConfig | None = None) -> Any:
     config.check_width(model.config.hidden_size)
     _refuse_offloaded(architecture.attention_modules(decoder))
     stock = model.config._attn_implementation
-    # loaded with attn_implementation="hici": then "full" is what transformers would have chosen
-    decoder.hici_attached = Attached("sdpa" if stock in MODES else stock, base_fingerprint(model))
+    attached = Attached(
+        # loaded with attn_implementation="hici": then "full" is what transformers would have chosen
+        stock_attention="sdpa" if stock in MODES else stock,
+        base_fingerprint=base_fingerprint(model),
+        base_checksums=base_checksums(model),
+    )
     seed_rows_KD = _largest_embeddings(model, config.num_global_slots)
-    for attention in architecture.attention_modules(decoder):
-        _attach_one(attention, architecture, config, model.config.hidden_size, backend, seed_rows_KD)
+    attentions = architecture.attention_modules(decoder)
+    # all modules are made before the first is put on: an error (of memory, say) leaves the model as it was
+    made = [_make_modules(attention, config, model.config.hidden_size, backend, seed_rows_KD)
+            for attention in attentions]  # fmt: skip
+    for attention, modules in zip(attentions, made, strict=True):
+        _put_on(attention, modules, architecture, config, backend)
     decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True)
-    _write_config(model, config)
+    decoder.hici_attached = attached
     model.set_attn_implementation(HICI)
+    write_config(model)
     return model
 
 
@@ -115,7 +125,7 @@ def reconfigure(model: Any, **changes: Any) -> Any:
         attention.hici_config = new
         attention.hici_attend = backend.attend
         attention.local_constructor.absorb = backend.absorbed
-    _write_config(model, new)
+    write_config(model)
     return model
 
 
@@ -141,6 +151,12 @@ def saved_config(model_config: Any) -> HiCIConfig | None:
     if values is None:
         return None
     return HiCIConfig.from_dict({key: value for key, value in values.items() if key != "attention"})
+
+
+def attention_mode(model: Any) -> str:
+    """The mode that the model is in: "hici", "hici_s2", or "full" for any attention of transformers."""
+    implementation = get_causal_lm(model).config._attn_implementation
+    return implementation if implementation in MODES else FULL
 
 
 def is_peft(model: Any) -> bool:
@@ -174,16 +190,12 @@ def hici_state_dict(model: Any) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in hici.items()}
 
 
-def _attach_one(
-    attention: Any,
-    architecture: Architecture,
-    config: HiCIConfig,
-    hidden_size: int,
-    backend: Backend,
-    seed_rows_KD: Tensor | None,
-) -> None:
+def _make_modules(
+    attention: Any, config: HiCIConfig, hidden_size: int, backend: Backend, seed_rows_KD: Tensor | None
+) -> tuple[LocalConstructor, GlobalIntegrator]:
+    """The two modules of one layer, on its device and in its dtype, with initial values."""
     device, dtype = _placement(attention)
-    attention.local_constructor = LocalConstructor(
+    local_constructor = LocalConstructor(
         hidden_size,
         config.num_local_slots,
         config.num_heads,
@@ -192,7 +204,7 @@ def _attach_one(
         device=device,
         dtype=dtype,
     )
-    attention.global_integrator = GlobalIntegrator(
+    global_integrator = GlobalIntegrator(
         hidden_size,
         config.num_global_slots,
         config.num_heads,
@@ -202,7 +214,18 @@ def _attach_one(
         dtype=dtype,
     )
     if seed_rows_KD is not None and device.type != "meta":
-        attention.global_integrator.reset_parameters(seed_rows_KD)
+        global_integrator.reset_parameters(seed_rows_KD)
+    return local_constructor, global_integrator
+
+
+def _put_on(
+    attention: Any,
+    modules: tuple[LocalConstructor, GlobalIntegrator],
+    architecture: Architecture,
+    config: HiCIConfig,
+    backend: Backend,
+) -> None:
+    attention.local_constructor, attention.global_integrator = modules
     attention.hici_config = config
     attention.hici_architecture = architecture
     attention.hici_attend = backend.attend  # found once: torch.compile cannot trace the registry's imports
@@ -242,10 +265,16 @@ def _configs(model: Any) -> list[Any]:
     return configs[:1] if configs[0] is configs[1] else configs
 
 
-def _write_config(model: Any, config: HiCIConfig) -> None:
+def write_config(model: Any) -> None:
+    """Write the HiCIConfig and the present attention mode of an attached model into its transformers config.
+
+    transformers tells nobody of `set_attn_implementation`, so the mode is as of the last call of this function
+    (`attach`, `reconfigure`, `set_attention`, `save_pretrained`).
+    """
+    values = hici_config(model).to_dict()
     for each in _configs(model):
         # a plain dict: a dataclass here would break save_pretrained
-        each.hici = {**config.to_dict(), "attention": HICI}
+        each.hici = {**values, "attention": attention_mode(model)}
 
 
 def _attached_decoder(model: Any) -> Any:

@@ -26,6 +26,7 @@ from hici.models.architectures.base import Architecture
 
 logger = logging.getLogger(__name__)
 
+FULL = "full"  # short for the stock attention, whichever of transformers' that is
 HICI = "hici"
 S2 = "hici_s2"
 MODES = (HICI, S2)  # transformers looks for "sdpa", "flash" and "flex_attention" in such names: none may be in them
@@ -73,6 +74,8 @@ def attention_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     prefix = Prefix(segment_size=segment_size, order=order_BT)
     if mode == HICI:
         prefix = _make_slots(module, config, hidden_BTD, mask_BT, prefix)
+    else:
+        prefix = prefix._replace(anchor=_zero(module.local_constructor, module.global_integrator))
     return args, {**kwargs, "hici": prefix}
 
 
@@ -186,10 +189,16 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not torch.compiler.is_compiling() and cache is not None and cache.get_seq_length() > 0:
         _tell_raw_decode(module, mode, kwargs)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}, but attention mode {mode!r} builds its own causal mask; pass "
+            "the [batch, tokens] mask of real tokens, or none"
+        )
     if positions is not None:
         _refuse_packed(mode, positions, mask, cache)
     elif mask is not None and mask.dim() == 2:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        _check_mask_length(mask, tokens, cache)
         kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     return (), kwargs
 
@@ -270,6 +279,17 @@ def _check_mask(mask: Tensor) -> Tensor:
             "[batch, tokens] mask of real tokens, or none"
         )
     return mask
+
+
+def _check_mask_length(mask_BX: Tensor, tokens: Tensor, cache: Any) -> None:
+    if torch.compiler.is_compiling():  # lengths may be symbols there
+        return
+    length = tokens.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+    if mask_BX.shape[1] != length:
+        raise ValueError(
+            f"attention_mask covers {mask_BX.shape[1]} tokens, but there are {length} with those in the cache; give "
+            "one entry for each"
+        )
 
 
 def _optional_mask(mask: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""A cheap fingerprint of a base model's own weights, so that an adapter is not put on another base."""
+"""What a base model's own weights were: a fingerprint for other processes, checksums for this one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from hici.models.architectures.base import is_hici_name
 
 _SAMPLES = 64
+
+Checksum = tuple[str, int]  # dtype, and the sum of the tensor's bits
 
 
 @torch.no_grad()
@@ -35,3 +37,31 @@ def _sample(tensor: Tensor) -> Any:
     flat = tensor.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
     return flat[index.to(flat.device)].to(torch.bfloat16).float().cpu().numpy()
+
+
+@torch.no_grad()
+def base_checksums(model: Any) -> dict[str, Checksum]:
+    """A checksum over all bits of every base tensor of a causal LM, under its name before PEFT wrapped it.
+
+    Left out: HiCI modules, LoRA and PEFT's trained copies; layers that LoRA wraps (merging and unmerging rounds them);
+    tensors without data (meta device).
+    """
+    left_out = (".lora_", ".base_layer.", ".modules_to_save.")
+    return {
+        name.replace(".original_module.", "."): (str(tensor.dtype), _sum_of_bits(tensor))
+        for name, tensor in model.state_dict().items()
+        if not is_hici_name(name) and not any(x in name for x in left_out) and tensor.device.type != "meta"
+    }
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Sum of the tensor's bytes, read as integers as wide as they go: sees every change of one element."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    wide = flat.view(torch.int64) if flat.numel() % 8 == 0 and flat.data_ptr() % 8 == 0 else flat
+    return int(wide.sum(dtype=torch.int64))
+
+
+def changed_tensors(before: dict[str, Checksum], now: dict[str, Checksum]) -> list[str]:
+    """Names in `now` whose bits are others than before. A tensor cast to another dtype cannot be compared."""
+    same_dtype = {name: sums for name, sums in now.items() if name not in before or before[name][0] == sums[0]}
+    return [name for name, sums in same_dtype.items() if before.get(name) != sums]

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hici.models.attach import get_causal_lm, get_decoder, hici_config, is_attached
-from hici.models.bridge import HICI, MODES
+from hici.models.attach import attention_mode, get_causal_lm, get_decoder, hici_config, is_attached, write_config
+from hici.models.bridge import FULL, HICI, MODES
 from hici.registry import suggest
 
-FULL = "full"
 ATTENTIONS = (FULL, *MODES)
-
-
-def attention_mode(model: Any) -> str:
-    """The mode that the model is in: "hici", "hici_s2", or "full" for any attention of transformers."""
-    implementation = get_causal_lm(model).config._attn_implementation
-    return implementation if implementation in MODES else FULL
 
 
 def set_attention(model: Any, attention: str) -> None:
@@ -36,6 +29,8 @@ def set_attention(model: Any, attention: str) -> None:
         lm.set_attn_implementation(attention)
     elif attention_mode(model) != FULL:
         lm.set_attn_implementation(get_decoder(model).hici_attached.stock_attention)
+    if is_attached(model):
+        write_config(model)
 
 
 def visibility_in_use(model: Any) -> str | None:

@@ -13,8 +13,10 @@ dimension, V vocabulary, h and M heads and slots of local construction, b bytes 
                        + 5 b H E                       q, k, v, output, and the input of o_proj
                        + 6 b I                         gate, up, act, product, and the gradients of two
                        + (4 + b) h M)                  weights of local construction
-      loss        n (b + 4) + b V D + 4 B T D          n = min(B T V, 2^25) logits of a chunk or their gradient, in b
-                                                       bytes and float32; the head in b bytes; the gradient of its input
+      loss        n (b + 4) + 4 B T D                  n = min(B T V, 2^25) logits of a chunk or their gradient, in b
+                                                       bytes and float32; the gradient of the last hidden states
+                  + (8 + 2 b) V D if the head trains   its copy in b bytes; a chunk's gradient in b bytes and
+                                                       float32; their sum, beside the gradient of earlier batches
     generation  = weights + KV cache + one layer's prefill
       weights     b x the model's parameters (adapters merged or not makes little difference)
       KV cache    2 B T L J E b                        attention full, or hici with raw keys
@@ -41,6 +43,7 @@ class Shape:
         parameters: all of the model with HiCI, without adapters.
         held_in_training: those that are in memory when it is trained (adapters and trained copies too).
         trained: those that get gradients.
+        head_trains: the output layer is among them (tied to trained embeddings).
     """
 
     layers: int
@@ -54,6 +57,7 @@ class Shape:
     parameters: int
     held_in_training: int
     trained: int
+    head_trains: bool
 
 
 def layer_bytes_per_token(shape: Shape, number_bytes: int) -> int:
@@ -68,13 +72,14 @@ def training_memory(shape: Shape, tokens: int, *, batch: int = 1, number_bytes: 
     """Bytes by part, with checkpointing of every layer, attention hici."""
     rows = batch * tokens
     chunk = min(rows * shape.vocabulary, LOSS_CHUNK)
+    head = (8 + 2 * number_bytes) * shape.vocabulary * shape.width if shape.head_trains else 0
     return {
         "weights": number_bytes * (shape.held_in_training - shape.trained) + TRAINED_BYTES * shape.trained,
         "gradients": TRAINED_BYTES * shape.trained,
         "optimizer": 8 * shape.trained,
         "checkpoints": rows * shape.layers * shape.width * TRAINED_BYTES,
         "one layer": rows * (layer_bytes_per_token(shape, number_bytes) + 2 * number_bytes * shape.mlp_width),
-        "loss": chunk * (number_bytes + 4) + shape.width * (number_bytes * shape.vocabulary + 4 * rows),
+        "loss": chunk * (number_bytes + 4) + 4 * rows * shape.width + head,
     }
 
 

@@ -146,6 +146,7 @@ def _shape(model_config: Any, config: HiCIConfig, total: int, *, held: int, trai
         parameters=total,
         held_in_training=held,
         trained=trained,
+        head_trains=bool(model_config.tie_word_embeddings),
     )
 
 

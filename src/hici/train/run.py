@@ -20,10 +20,10 @@ from hici.adapters.lora import add_lora, trainable_parameters
 from hici.data.documents import load_documents
 from hici.data.packing import pack, split_documents
 from hici.files import check_target, write_json
-from hici.models.attach import attach
-from hici.models.bridge import HICI
+from hici.models.attach import attach, attention_mode
+from hici.models.bridge import FULL, HICI
 from hici.models.load import first_line, load_plain_model
-from hici.models.modes import FULL, attention_mode, leaks_future, set_attention
+from hici.models.modes import leaks_future, set_attention
 from hici.provenance import provenance
 from hici.report.training import plot_training
 from hici.rope import check_context, extend_rope

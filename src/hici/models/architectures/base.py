@@ -28,6 +28,7 @@ class Architecture:
         norms: what `modules_to_save` names so that all norms train (suffixes; "model.norm" whole, since "norm" alone
             is a suffix of every other norm).
         embeddings: the input embedding's name, likewise.
+        whole_rope_factor: rope factors are rounded up to a whole number, as in the published code of the family.
     """
 
     model_types: tuple[str, ...]
@@ -35,6 +36,7 @@ class Architecture:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm", "model.norm")
     embeddings: str = "embed_tokens"
     attention: str = "self_attn"
+    whole_rope_factor: bool = True
 
     def attention_modules(self, decoder: nn.Module) -> list[nn.Module]:
         """The attention module of every layer of the decoder (the model without its head), in order."""
