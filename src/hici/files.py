@@ -39,12 +39,13 @@ def check_target(target: str | Path, *, overwrite: bool = False, marker: str | N
     """Whether a directory may be written at `target`.
 
     Raises:
-        ValueError: it is a file; it is not empty and `overwrite` is False; it is not empty and lacks `marker`, so that
-            it is something else than what is to be replaced.
+        ValueError: it is a file or cannot be made; it is not empty and `overwrite` is False; it is not empty and lacks
+            `marker`, so that it is something else than what is to be replaced.
     """
     target = Path(target)
     if target.is_file():
         raise ValueError(f"{target} is a file, but a directory is to be written there; give another name")
+    check_writable(target.parent)
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
@@ -57,6 +58,15 @@ def check_target(target: str | Path, *, overwrite: bool = False, marker: str | N
             f"{target} holds no {marker}, so it is no directory of this kind, and overwriting would delete what it "
             "holds; give another directory"
         )
+
+
+def check_writable(directory: str | Path) -> None:
+    """Raise ValueError unless files can be written in `directory`, which need not exist yet."""
+    directory = Path(directory).absolute()
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "is not writable" if existing.is_dir() else "is a file"
+        raise ValueError(f"nothing can be written in {directory}: {existing} {problem}; give another place")
 
 
 def write_text(target: str | Path, text: str) -> Path:

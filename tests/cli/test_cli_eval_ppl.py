@@ -161,6 +161,14 @@ def test_nothing_is_overwritten_silently(base_directory, text_file, tmp_path, hi
     assert json.loads((tmp_path / "ppl.json").read_text())["results"][0]["standard_error"] is None
 
 
+def test_an_out_that_cannot_be_written_is_refused(base_directory, text_file, hici_command):
+    done = hici_command(
+        "eval", "ppl", base_directory, "--data", text_file, "--context", 64, "--out", f"{text_file}/a/b"
+    )
+    assert done.status == 2
+    assert "is a file; give another place" in done.err
+
+
 def test_a_token_file(base_directory, stream, text_file, tmp_path, hici_command):
     path = tmp_path / "tokens.bin"
     stream.astype("<u2").tofile(path)

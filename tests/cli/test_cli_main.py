@@ -19,7 +19,7 @@ def test_help_has_examples_and_imports_nothing_heavy(verb):
         f"try:\n    main({[*verb, '--help']!r})\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
         f"print('HEAVY', [m for m in {_HEAVY!r} if m in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "examples:" in done.stdout
     assert f"hici {' '.join(verb)}".strip() in done.stdout.partition("examples:")[2]
@@ -85,7 +85,7 @@ def test_verbose_before_and_behind_the_verb(arguments):
 def test_a_reader_that_leaves_is_no_error():
     code = "import sys, time; time.sleep(0.3); from hici.cli.main import main; sys.exit(main(['--help']))"
     command = f'"{sys.executable}" -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
 
 

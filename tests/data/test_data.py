@@ -34,6 +34,7 @@ def test_files_globs_folders_and_jsonl(tmp_path):
     assert load(tmp_path / "*.txt") == [[1, 1], [2, 2]]
     assert load(tmp_path) == [[1, 1], [2, 2], [4], [5, 5], [3]]
     assert load(tmp_path / "b.txt", tmp_path / "*.txt") == [[2, 2], [1, 1]]  # each file once
+    assert load(tmp_path / "b.txt", tmp_path / "deep" / ".." / "b.txt") == [[2, 2]]  # under two names too
     assert load(tmp_path / "d.jsonl") == [[4], [5, 5]]
     (tmp_path / "other.jsonl").write_text(json.dumps({"body": "f"}))
     assert tokens(load_documents(tmp_path / "other.jsonl", Letters(), text_key="body")) == [[6]]
@@ -107,9 +108,23 @@ def test_split_is_by_document_stable_and_without_overlap():
     assert len(heldout) == 10
     assert {d.source for d in train} | {d.source for d in heldout} == {d.source for d in docs}
     assert not {d.source for d in train} & {d.source for d in heldout}
-    more_train, more_heldout = split_documents(docs[:-1], 0.25)
-    assert len({d.source for d in more_heldout} ^ {d.source for d in heldout}) <= 2
-    assert len(more_train) + len(more_heldout) == 39
+    again = split_documents(docs[::-1], 0.25)
+    assert [{d.source for d in side} for side in again] == [{d.source for d in side} for side in (train, heldout)]
+
+
+@pytest.mark.parametrize("large", range(5))
+def test_one_large_document_is_not_held_out(large, caplog):
+    docs = [Document(str(i), np.arange(i, i + (5000 if i == large else 40))) for i in range(5)]
+    heldout = split_documents(docs, 0.02)[1]
+    assert [d.source for d in heldout] != [str(large)]
+    assert sum(len(d.tokens) for d in heldout) <= 2 * 0.02 * 5160
+    assert not caplog.text
+
+
+def test_a_share_that_is_far_off_is_said(caplog):
+    train, heldout = split_documents([Document(str(i), np.arange(i, i + 50)) for i in range(4)], 0.02)
+    assert (len(train), len(heldout)) == (3, 1)
+    assert "25.0 % of the tokens are held out instead of 2.0 %" in caplog.text
 
 
 def test_equal_texts_stay_on_one_side():

@@ -63,9 +63,16 @@ def test_recipes_of_the_repository_are_valid(path):
         ({"learning_rate": "fast"}, "learning_rate='fast' is str, but float is needed"),
         ({"overwrite": "yes please"}, "overwrite='yes please' is str, but bool is needed"),
         ({"hici": "past"}, "hici='past' is str, but dict is needed"),
-        ({"max_steps": 0}, "max_steps=0 is below 1"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0 is below 0"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan is below 0"),
+        ({"max_steps": 0}, "max_steps=0 is no finite number >= 1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is no finite number >= 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is no finite number >= 0"),
+        ({"hici_learning_rate": float("inf")}, "hici_learning_rate=inf is no finite number >= 0"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan is no finite"),
+        ({"context_length": 1}, "context_length=1 is no finite number >= 2"),
+        ({"lora_alpha": 0}, "lora_alpha=0 is no finite number >= 1"),
+        ({"lora_dropout": 5.0}, r"lora_dropout=5.0 is not in \[0, 1\)"),
+        ({"adam_beta2": 1.0}, r"adam_beta2=1.0 is not in \[0, 1\)"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan would stop all learning"),
         ({"hici_max_grad_norm": 0.0}, "hici_max_grad_norm=0.0 would stop all learning"),
         ({"rope": "liner"}, "unknown rope 'liner'.*Did you mean 'linear'"),
         ({"dtype": "float16"}, "unknown dtype 'float16'"),
@@ -96,3 +103,8 @@ def test_missing_keys_and_files_are_named(tmp_path, recipe_file):
     ):
         with pytest.raises(ValueError, match=message):
             load_recipe(recipe_file, words)
+
+
+def test_a_malformed_override_is_named_in_one_line(recipe_file):
+    with pytest.raises(ValueError, match=r"^--data \[a is not valid YAML .*; quote the value$"):
+        load_recipe(recipe_file, ["--data", "[a"])

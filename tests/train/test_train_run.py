@@ -77,6 +77,21 @@ def test_an_existing_adapter_is_refused_before_any_work(values, tmp_path):
     assert (tmp_path / "run" / "adapter" / "mine.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["train.json", "train.png"])
+def test_results_of_another_run_are_refused_before_any_work(values, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"{name} exists.*another output_dir or --overwrite true"):
+        train(recipe_from_dict({**values, "model": "does/not/exist"}), progress=False)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(values, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    output = {"output_dir": str(tmp_path / "file" / "run"), "model": "does/not/exist"}
+    with pytest.raises(ValueError, match="nothing can be written in .*file is a file; give another place"):
+        train(recipe_from_dict({**values, **output}), progress=False)
+
+
 def test_two_groups_have_their_own_rate_and_warm_up(parts):
     recipe, model, _, trainer = parts(warmup_steps=4)
     trainer.create_optimizer_and_scheduler(num_training_steps=10)
@@ -183,6 +198,13 @@ def test_heldout_data_of_its_own(values, text):
     assert (data.summary["documents"], data.summary["heldout_documents"]) == (10, 10)
     assert data.heldout.shape == (3, 64)
     assert data.summary["tokens_outside_of_whole_sequences"] < 64
+
+
+def test_heldout_data_that_is_trained_on_is_refused(values, text):
+    files = [str(f) for f in sorted(text.glob("*.txt"))]
+    recipe = recipe_from_dict({**values, "data": files, "heldout_data": files[:1]})
+    with pytest.raises(ValueError, match="1 held-out documents are in the training data too.*heldout_data"):
+        prepare_data(recipe, *_tokenizer_and_size(values))
 
 
 def test_the_command(values, tmp_path, capsys):

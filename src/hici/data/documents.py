@@ -56,14 +56,14 @@ def load_documents(
 
 
 def expand(sources: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files behind paths, globs and folders, sorted, each once."""
-    paths: dict[Path, None] = {}
+    """Files behind paths, globs and folders, sorted, each once (also when it is named in two ways)."""
+    paths: dict[Path, Path] = {}
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
         for path in _expand_one(str(source)):
-            paths.setdefault(path)
+            paths.setdefault(path.resolve(), path)
     if not paths:
         raise ValueError(f"no data: {sources!r} names no file; give text files, globs, folders, .jsonl or .bin")
-    return list(paths)
+    return list(paths.values())
 
 
 def _expand_one(source: str) -> list[Path]:

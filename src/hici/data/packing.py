@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from hici.data.documents import Document, check_ids, expand, load_documents, read_tokens
+
+logger = logging.getLogger(__name__)
 
 
 def token_stream(documents: Sequence[Document], eos_token_id: int | None) -> np.ndarray:
@@ -62,11 +65,18 @@ def pack(
     return stream[: count * length].reshape(count, length)
 
 
+def content_hash(document: Document) -> str:
+    """SHA-256 of its tokens."""
+    return hashlib.sha256(document.tokens.tobytes()).hexdigest()
+
+
 def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """(training, held out): whole documents, chosen by a hash of their tokens.
 
-    A document stays on its side when others are added or removed, and the same text is never on both sides.
-    `fraction` is of tokens and approximate; documents are taken in the order of their hash until it is reached.
+    The same documents give the same split in any order, and the same text is never on both sides. (Other documents
+    can give another split: hold out files of their own to compare runs on different data.) `fraction` is of tokens
+    and approximate: documents are taken in the order of their hash, without those that would overshoot twice; a share
+    that is far from it is logged.
 
     Raises:
         ValueError: a fraction outside of [0, 1); fewer than two documents with a fraction above 0.
@@ -77,20 +87,28 @@ def split_documents(documents: Sequence[Document], fraction: float) -> tuple[lis
         return list(documents), []
     by_content: dict[str, list[Document]] = {}
     for document in documents:
-        by_content.setdefault(hashlib.sha256(document.tokens.tobytes()).hexdigest(), []).append(document)
+        by_content.setdefault(content_hash(document), []).append(document)
     if len(by_content) < 2:
         raise ValueError(
             f"a held-out split by document needs two different documents, but the data has {len(by_content)}; give "
             "more files, a separate held-out set, or heldout_fraction=0"
         )
     wanted = fraction * sum(len(document.tokens) for document in documents)
+    sizes = {key: sum(len(document.tokens) for document in by_content[key]) for key in sorted(by_content)}
     chosen: set[str] = set()
     tokens = 0
-    for key in sorted(by_content)[:-1]:  # at least one stays for training
-        if tokens >= wanted:
-            break
-        chosen.add(key)
-        tokens += sum(len(document.tokens) for document in by_content[key])
+    for key, size in list(sizes.items())[:-1]:  # at least one stays for training
+        if tokens < wanted and tokens + size <= 2 * wanted:
+            chosen.add(key)
+            tokens += size
+    if not chosen:
+        smallest = min(sizes, key=lambda key: sizes[key])
+        chosen, tokens = {smallest}, sizes[smallest]
+    if not 0.5 * wanted <= tokens <= 2 * wanted:
+        logger.warning(
+            "%.1f %% of the tokens are held out instead of %.1f %%, since documents are held out whole; split long "
+            "documents, or give held-out data of its own", 100 * fraction * tokens / wanted, 100 * fraction,
+        )  # fmt: skip
     train = [d for key, group in by_content.items() if key not in chosen for d in group]
     heldout = [d for key, group in by_content.items() if key in chosen for d in group]
     return train, heldout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -80,12 +81,16 @@ class Recipe:
         _check_choice("rope", self.rope, ("linear", "yarn", "none"))
         _check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         _check_choice("device", self.device, ("auto", "cpu"))
-        for name in ("context_length", "max_steps", "batch_size", "gradient_accumulation_steps", "lora_r"):
+        _check_minimum("context_length", self.context_length, 2)  # one token to read, one to predict
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha"):
             _check_minimum(name, getattr(self, name), 1)
         for name in ("heldout_windows", "warmup_steps", "learning_rate", "hici_learning_rate", "weight_decay"):
             _check_minimum(name, getattr(self, name), 0)
+        for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1); give such a number")
         for name in ("max_grad_norm", "hici_max_grad_norm"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} would stop all learning; give a number > 0 (inf: none)")
         self.hici_config()
 
@@ -111,7 +116,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
+        raise ValueError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} holds {type(values).__name__}, but a recipe is keys and values")
     return recipe_from_dict(apply_overrides(values, overrides))
@@ -147,8 +152,15 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         target = result.setdefault(section, {}) if section else result
         if not isinstance(target, dict):
             raise ValueError(f"--{key}: {section!r} is not a section of the recipe; known sections: hici")
-        target[name] = yaml.safe_load(text)
+        try:
+            target[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--{key} {text} is not valid YAML ({_one_line(error)}); quote the value") from error
     return result
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -180,5 +192,5 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_minimum(name: str, value: float, minimum: float) -> None:
-    if not value >= minimum:
-        raise ValueError(f"{name}={value} is below {minimum}; give a number >= {minimum}")
+    if not minimum <= value < math.inf:
+        raise ValueError(f"{name}={value} is no finite number >= {minimum}; give one")

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, TrainingArguments, set_seed
 
 from hici.adapters.directory import CONFIG_FILE, save_pretrained
 from hici.adapters.lora import add_lora, trainable_parameters
-from hici.data.documents import load_documents
-from hici.data.packing import pack, split_documents
+from hici.data.documents import Document, load_documents
+from hici.data.packing import content_hash, pack, split_documents
 from hici.files import check_target, write_json
 from hici.models.attach import attach, attention_mode
 from hici.models.bridge import FULL, HICI
@@ -48,8 +48,8 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         ValueError: bad data, model or recipe; an existing adapter without `overwrite` (before any work);
             TrainingDivergedError on a NaN or infinite gradient.
     """
-    output = Path(recipe.output_dir)
-    check_target(output / "adapter", overwrite=recipe.overwrite, marker=CONFIG_FILE)
+    output = Path(recipe.output_dir).expanduser()
+    _check_output(output, recipe)
     _refuse_several_processes()
     set_seed(recipe.seed)
     tokenizer, model = load_base(recipe)
@@ -112,6 +112,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, vocab_size: int) -> TrainingDat
     if recipe.heldout_data is not None:
         training = documents
         heldout = load_documents(recipe.heldout_data, tokenizer, vocab_size=vocab_size, text_key=recipe.text_key)
+        _refuse_overlap(training, heldout)
     else:
         training, heldout = split_documents(documents, recipe.heldout_fraction if recipe.heldout_windows else 0.0)
     length, eos = recipe.context_length, tokenizer.eos_token_id
@@ -216,6 +217,27 @@ def peak_memory() -> int:
         return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined] # only there
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check_output(output: Path, recipe: Recipe) -> None:
+    """Before any work: nothing that is there would be lost, and the results can be written."""
+    check_target(output / "adapter", overwrite=recipe.overwrite, marker=CONFIG_FILE)
+    for file in (output / "train.json", output / "train.png"):
+        if file.exists() and not recipe.overwrite:
+            raise ValueError(
+                f"{file} exists, and nothing is overwritten silently; give another output_dir or --overwrite true"
+            )
+
+
+def _refuse_overlap(training: list[Document], heldout: list[Document]) -> None:
+    """The same text on both sides would make the held-out loss one of training."""
+    trained = {content_hash(document): document.source for document in training}
+    both = [(trained[content_hash(d)], d.source) for d in heldout if content_hash(d) in trained]
+    if both:
+        raise ValueError(
+            f"{len(both)} held-out documents are in the training data too, the first one as {both[0][0]} and "
+            f"{both[0][1]}; take them out of data or of heldout_data"
+        )
 
 
 def _refuse_several_processes() -> None:
