@@ -169,6 +169,25 @@ def test_an_out_that_cannot_be_written_is_refused(base_directory, text_file, hic
     assert "is a file; give another place" in done.err
 
 
+@pytest.mark.parametrize("name", ["ppl.json", "ppl.png"])
+def test_a_directory_in_the_place_of_an_output_is_refused(text_file, tmp_path, name, hici_command):
+    (tmp_path / name).mkdir()
+    done = hici_command("eval", "ppl", "/no/such/model", "--data", text_file, "--context", 64, "--out", tmp_path,
+                        "--overwrite")  # fmt: skip
+    assert done.status == 2
+    assert f"{name} is a directory and cannot be written as a file; give another --out" in done.err
+
+
+def test_the_home_directory_in_paths(base_directory, text_file, tmp_path, monkeypatch, hici_command):
+    for name, target in (("base", base_directory), ("story.txt", text_file)):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = hici_command("eval", "ppl", "~/base", "--data", "~/story.txt", "--context", 64, "--max-windows", 1,
+                        "--out", "~/out")  # fmt: skip
+    assert done.status == 0, done.err
+    assert (tmp_path / "out" / "ppl.json").is_file()
+
+
 def test_a_token_file(base_directory, stream, text_file, tmp_path, hici_command):
     path = tmp_path / "tokens.bin"
     stream.astype("<u2").tofile(path)

@@ -72,6 +72,14 @@ def test_a_plain_directory(base_directory, hici_command):
     assert (facts["model_type"], facts["layers"], facts["context"]) == ("llama", 2, 128)
 
 
+def test_the_home_directory_in_paths(base_directory, adapter_directory, monkeypatch, hici_command):
+    monkeypatch.setenv("HOME", str(base_directory.parent))
+    name = f"~/{base_directory.name}"
+    assert json.loads(hici_command("info", name, "--json").out)["model_type"] == "llama"
+    facts = json.loads(hici_command("info", adapter_directory, "--base-model", name, "--json").out)
+    assert "base_not_read" not in facts
+
+
 def test_an_adapter_directory(adapter_directory, hici_command):
     done = hici_command("info", adapter_directory)
     assert done.status == 0, done.err

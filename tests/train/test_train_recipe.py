@@ -1,6 +1,7 @@
 """Recipes: YAML, overrides, types, and errors that name the key."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,18 @@ def test_recipes_of_the_repository_are_valid(path):
         ({"learning_rate": float("nan")}, "learning_rate=nan is no finite number >= 0"),
         ({"hici_learning_rate": float("inf")}, "hici_learning_rate=inf is no finite number >= 0"),
         ({"weight_decay": float("nan")}, "weight_decay=nan is no finite"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 is no finite number >= 0"),
         ({"context_length": 1}, "context_length=1 is no finite number >= 2"),
         ({"lora_alpha": 0}, "lora_alpha=0 is no finite number >= 1"),
+        ({"lora_r": 0}, "lora_r=0 is no finite number >= 1"),
+        ({"logging_steps": 0}, "logging_steps=0 is no finite number >= 1"),
+        ({"heldout_fraction": float("nan")}, r"heldout_fraction=nan is not in \[0, 1\)"),
+        ({"adam_beta1": float("nan")}, r"adam_beta1=nan is not in \[0, 1\)"),
+        ({"adam_beta1": -0.1}, r"adam_beta1=-0.1 is not in \[0, 1\)"),
         ({"lora_dropout": 5.0}, r"lora_dropout=5.0 is not in \[0, 1\)"),
         ({"adam_beta2": 1.0}, r"adam_beta2=1.0 is not in \[0, 1\)"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm=nan would stop all learning"),
+        ({"hici_max_grad_norm": float("nan")}, "hici_max_grad_norm=nan would stop all learning"),
         ({"hici_max_grad_norm": 0.0}, "hici_max_grad_norm=0.0 would stop all learning"),
         ({"rope": "liner"}, "unknown rope 'liner'.*Did you mean 'linear'"),
         ({"dtype": "float16"}, "unknown dtype 'float16'"),
@@ -92,9 +100,6 @@ def test_missing_keys_and_files_are_named(tmp_path, recipe_file):
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(ValueError, match="holds list, but a recipe is keys and values"):
         load_recipe(tmp_path / "list.yaml")
-    (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="not valid YAML"):
-        load_recipe(tmp_path / "bad.yaml")
     for words, message in (
         (["--max_steps"], "--max_steps has no value"),
         (["max_steps", "3"], "'max_steps' is not an override"),
@@ -105,6 +110,19 @@ def test_missing_keys_and_files_are_named(tmp_path, recipe_file):
             load_recipe(recipe_file, words)
 
 
-def test_a_malformed_override_is_named_in_one_line(recipe_file):
-    with pytest.raises(ValueError, match=r"^--data \[a is not valid YAML .*; quote the value$"):
-        load_recipe(recipe_file, ["--data", "[a"])
+@pytest.mark.parametrize("value", ["[a", "2024-99-99"])
+def test_a_malformed_override_is_named_in_one_line(recipe_file, value):
+    with pytest.raises(ValueError, match=rf"^--data {re.escape(value)} is not valid YAML \(.*\); quote the value$"):
+        load_recipe(recipe_file, ["--data", value])
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"a: 2024-99-99", b"model: \xff"], ids=["open", "date", "not utf-8"])
+def test_a_malformed_recipe_is_named_in_one_line(tmp_path, content):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^recipe .*bad\.yaml is not valid YAML \(.*\); correct it$"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def test_the_home_directory_in_the_recipes_path(recipe_file, monkeypatch):
+    monkeypatch.setenv("HOME", str(recipe_file.parent))
+    assert load_recipe("~/recipe.yaml") == load_recipe(recipe_file)

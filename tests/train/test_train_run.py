@@ -92,6 +92,23 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(values, tmp_p
         train(recipe_from_dict({**values, **output}), progress=False)
 
 
+def test_a_directory_in_the_place_of_a_result_is_refused_before_any_work(values, tmp_path):
+    (tmp_path / "run" / "train.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match="train.json is a directory.*give another output_dir"):
+        train(recipe_from_dict({**values, "model": "does/not/exist", "overwrite": True}), progress=False)
+
+
+def test_the_home_directory_in_paths(values, text, base, tmp_path, monkeypatch):
+    for name, target in (("base", base), ("text", text)):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"model": "~/base", "data": ["~/text"], "output_dir": "~/run", "max_steps": 1}
+    result = train(recipe_from_dict({**values, **paths}), progress=False)
+    assert result["adapter"] == str(tmp_path / "run" / "adapter")
+    assert (tmp_path / "run" / "train.json").is_file()
+    assert hici.from_pretrained(result["adapter"]).config.max_position_embeddings == 64
+
+
 def test_two_groups_have_their_own_rate_and_warm_up(parts):
     recipe, model, _, trainer = parts(warmup_steps=4)
     trainer.create_optimizer_and_scheduler(num_training_steps=10)
@@ -105,6 +122,13 @@ def test_two_groups_have_their_own_rate_and_warm_up(parts):
         trainer.lr_scheduler.step()
     assert rates[4] == rates[5] == [recipe.learning_rate, recipe.hici_learning_rate]
     assert rates[2] == [recipe.learning_rate / 2, recipe.hici_learning_rate / 2]
+
+
+def test_a_linear_schedule_ends_at_zero(parts):
+    _, _, _, trainer = parts(warmup_steps=2, schedule="linear")
+    trainer.create_optimizer_and_scheduler(num_training_steps=6)
+    factors = [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(7)]
+    assert factors == [0, 0.5, 1, 0.75, 0.5, 0.25, 0]
 
 
 def test_each_group_is_clipped_by_its_own_norm(parts):

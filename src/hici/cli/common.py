@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ def load(args: argparse.Namespace, attentions: list[str]) -> Loaded:
         ValueError: no such model; incomplete weights; flags that do not go with it.
     """
     _check_segment_flags(args, attentions)
+    expand_home(args)
     prepare_torch(args)
     ours = is_hici_directory(args.model)
     model = _load_ours(args) if ours else _load_plain(args, attentions)
@@ -93,6 +95,13 @@ def is_hici_directory(name: str) -> bool:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"{name} does not exist, and it is no hub name (owner/name); check the path")
     return False
+
+
+def expand_home(args: argparse.Namespace) -> None:
+    """`~` in MODEL and --base-model: the shell leaves it in quotes and in --flag=~/x, and transformers too."""
+    for name in ("model", "base_model"):
+        if getattr(args, name) is not None:
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
 
 
 def prepare_torch(args: argparse.Namespace) -> None:

@@ -80,10 +80,10 @@ def _target(out: str, overwrite: bool) -> Path:
     path = Path(out).expanduser()
     target = path if path.suffix == ".json" else path / "ppl.json"
     for file in (target, target.with_suffix(".png")):
+        if file.is_dir():
+            raise ValueError(f"--out {out}: {file} is a directory and cannot be written as a file; give another --out")
         if file.exists() and not overwrite:
             raise ValueError(f"{file} exists, and nothing is overwritten silently; give another --out or --overwrite")
-    if target.is_dir():
-        raise ValueError(f"--out {out}: {target} is a directory and cannot be written as a file; give another --out")
     check_writable(target.parent)
     return target
 

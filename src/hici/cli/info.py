@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hici.cli.common import MODEL_HELP, is_hici_directory, positive
+from hici.cli.common import MODEL_HELP, expand_home, is_hici_directory, positive
 
 _DESCRIPTION = """\
 What HiCI adds to a model, how a context is cut into segments, and how much memory training and generation take.
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Count, estimate, print."""
     if (args.model is None) == (args.preset is None):
         raise ValueError("give one of MODEL and --preset, and not both, for example `hici info --preset llama-2-7b`")
+    expand_home(args)
     if args.preset is not None:
         from hici.presets import load_preset
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 EPILOG = """\
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     result = train(recipe)
     losses = result["heldout_loss"]
     print(f"adapter: {result['adapter']}")
-    print(f"log:     {recipe.output_dir}/train.json, {recipe.output_dir}/train.png")
+    output = Path(recipe.output_dir).expanduser()
+    print(f"log:     {output / 'train.json'}, {output / 'train.png'}")
     for attention in losses["before"]:
         before, after = losses["before"][attention], losses["after"][attention]
         # with slots over its own future in view, a token's loss is no language-model loss

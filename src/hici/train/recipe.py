@@ -15,6 +15,8 @@ import yaml
 from hici.config import HiCIConfig
 from hici.registry import suggest
 
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear"}  # the Trainer's names
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -28,20 +30,21 @@ class Recipe:
         hici: fields of HiCIConfig.
         rope: "linear", "yarn", or "none" (a longer context is then an error).
         text_key: the text's key in a .jsonl line.
-        heldout_data: held-out files; None: `heldout_fraction` of the data's tokens, whole documents.
+        heldout_data: held-out files; None: about `heldout_fraction` of the data, whole documents.
         heldout_windows: held-out sequences measured, before and after, in "hici" and in "full" attention.
         lora_r, lora_alpha, lora_dropout, train_embeddings, train_norms: as `hici.add_lora`.
         max_steps, batch_size, gradient_accumulation_steps: optimizer steps; sequences a device; steps added up.
         learning_rate, hici_learning_rate: of LoRA, embeddings and norms; of the HiCI modules.
         max_grad_norm, hici_max_grad_norm: gradient clips of the same two groups.
-        warmup_steps: linear warm-up of an otherwise constant schedule.
+        warmup_steps: linear warm-up of the learning rates.
+        schedule: what follows: "constant" (as published), or "linear", down to 0 at the last step.
         weight_decay, adam_beta1, adam_beta2: AdamW's.
         dtype: of the frozen base. "bfloat16" trains under autocast, with trained parameters in float32.
         gradient_checkpointing: recompute each layer in the backward pass.
         logging_steps: steps between two lines of the log.
         device: "auto" (a GPU where there is one) or "cpu".
         seed: of initial values, data order and dropout.
-        overwrite: replace an existing adapter directory.
+        overwrite: replace existing results (adapter directory, train.json, train.png).
     """
 
     model: str
@@ -67,6 +70,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     hici_max_grad_norm: float = 0.3
     warmup_steps: int = 20
+    schedule: str = "constant"
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -80,13 +84,14 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_choice("rope", self.rope, ("linear", "yarn", "none"))
         _check_choice("dtype", self.dtype, ("bfloat16", "float32"))
+        _check_choice("schedule", self.schedule, tuple(SCHEDULES))
         _check_choice("device", self.device, ("auto", "cpu"))
         _check_minimum("context_length", self.context_length, 2)  # one token to read, one to predict
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha"):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha", "logging_steps"):
             _check_minimum(name, getattr(self, name), 1)
         for name in ("heldout_windows", "warmup_steps", "learning_rate", "hici_learning_rate", "weight_decay"):
             _check_minimum(name, getattr(self, name), 0)
-        for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+        for name in ("lora_dropout", "adam_beta1", "adam_beta2", "heldout_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1); give such a number")
         for name in ("max_grad_norm", "hici_max_grad_norm"):
@@ -110,13 +115,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: a missing file, bad YAML, an unknown key (with the nearest known one), a value of another type, a
             required key that is missing.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"recipe {path} does not exist; give a YAML file, for example one of recipes/")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
+        raise ValueError(f"recipe {path} is not valid YAML ({_one_line(error)}); correct it") from error
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} holds {type(values).__name__}, but a recipe is keys and values")
     return recipe_from_dict(apply_overrides(values, overrides))
@@ -154,7 +159,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             raise ValueError(f"--{key}: {section!r} is not a section of the recipe; known sections: hici")
         try:
             target[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
             raise ValueError(f"--{key} {text} is not valid YAML ({_one_line(error)}); quote the value") from error
     return result
 

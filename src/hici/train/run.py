@@ -27,7 +27,7 @@ from hici.models.modes import leaks_future, set_attention
 from hici.provenance import provenance
 from hici.report.training import plot_training
 from hici.rope import check_context, extend_rope
-from hici.train.recipe import Recipe
+from hici.train.recipe import SCHEDULES, Recipe
 from hici.train.trainer import HiCITrainer, LanguageModel, Sequences
 
 logger = logging.getLogger(__name__)
@@ -92,9 +92,10 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
 def load_base(recipe: Recipe) -> tuple[Any, Any]:
     """(tokenizer, model) of the recipe, rope extended to its context."""
-    model = load_plain_model(recipe.model, dtype=getattr(torch, recipe.dtype))
+    name = os.path.expanduser(recipe.model)  # not Path: a hub name keeps its slash everywhere
+    model = load_plain_model(name, dtype=getattr(torch, recipe.dtype))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the tokenizer of {recipe.model} could not be loaded ({first_line(error)}); put its files beside the model"
@@ -164,7 +165,7 @@ def make_trainer(recipe: Recipe, model: Any, data: TrainingData, scratch: str, *
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=SCHEDULES[recipe.schedule],
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         adam_beta1=recipe.adam_beta1,
@@ -223,6 +224,8 @@ def _check_output(output: Path, recipe: Recipe) -> None:
     """Before any work: nothing that is there would be lost, and the results can be written."""
     check_target(output / "adapter", overwrite=recipe.overwrite, marker=CONFIG_FILE)
     for file in (output / "train.json", output / "train.png"):
+        if file.is_dir():
+            raise ValueError(f"{file} is a directory, but a file is to be written there; give another output_dir")
         if file.exists() and not recipe.overwrite:
             raise ValueError(
                 f"{file} exists, and nothing is overwritten silently; give another output_dir or --overwrite true"
