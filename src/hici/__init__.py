@@ -11,21 +11,32 @@ from typing import TYPE_CHECKING, Any
 from hici._version import __version__
 
 if TYPE_CHECKING:
-    from hici.adapters.directory import from_pretrained, save_pretrained
+    from hici.adapters.convert import convert
+    from hici.adapters.hub import push_to_hub
+    from hici.adapters.load import from_pretrained
     from hici.adapters.lora import add_lora
+    from hici.adapters.merge import merge
+    from hici.adapters.save import save_pretrained
+    from hici.adapters.verify import verify
     from hici.config import HiCIConfig
     from hici.models.attach import attach, detach, reconfigure
+    from hici.models.vocabulary import grow_vocabulary
     from hici.rope import extend_rope
 
 _PUBLIC = {
     "HiCIConfig": "hici.config",
     "add_lora": "hici.adapters.lora",
     "attach": "hici.models.attach",
+    "convert": "hici.adapters.convert",
     "detach": "hici.models.attach",
     "extend_rope": "hici.rope",
-    "from_pretrained": "hici.adapters.directory",
+    "from_pretrained": "hici.adapters.load",
+    "grow_vocabulary": "hici.models.vocabulary",
+    "merge": "hici.adapters.merge",
+    "push_to_hub": "hici.adapters.hub",
     "reconfigure": "hici.models.attach",
-    "save_pretrained": "hici.adapters.directory",
+    "save_pretrained": "hici.adapters.save",
+    "verify": "hici.adapters.verify",
 }
 
 __all__ = [
@@ -33,11 +44,16 @@ __all__ = [
     "__version__",
     "add_lora",
     "attach",
+    "convert",
     "detach",
     "extend_rope",
     "from_pretrained",
+    "grow_vocabulary",
+    "merge",
+    "push_to_hub",
     "reconfigure",
     "save_pretrained",
+    "verify",
 ]
 
 

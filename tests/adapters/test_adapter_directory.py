@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import hici
 from helpers import assert_slots_matter, difference, logits, random_ids, randomise, small_config, tiny_model
-from hici.adapters.directory import tensor_shapes
 from hici.adapters.lora import trainable_parameters
+from hici.adapters.weights import tensor_shapes
 from hici.models.attach import attention_modules, hici_state_dict, is_attached
 
 IDS = random_ids(2, 45)
@@ -226,7 +226,7 @@ def test_a_wrong_tensor_is_named_and_the_base_untouched(llama, file, fault):
         elif fault == "left over":
             tensors["some.other.tensor"] = torch.zeros(3)
         elif fault == "shape":
-            tensors[name] = torch.zeros(3, 5)
+            tensors[name] = torch.zeros(*tensors[name].shape, 2)
         else:
             tensors[name].view(-1)[0] = float("nan")
 
@@ -235,7 +235,7 @@ def test_a_wrong_tensor_is_named_and_the_base_untouched(llama, file, fault):
     next(plain.parameters()).requires_grad_(False)
     trains = [parameter.requires_grad for parameter in plain.parameters()]
     expected, rope = logits(plain, IDS[:, :32]), dict(plain.config.rope_parameters)
-    named = "some.other.tensor" if fault == "left over" else name.replace(".", r"\.")
+    named = "some.other.tensor" if fault == "left over" else name.removeprefix("base_model.model.")
     refuse(directory, rf"{fault}.*{named}" if fault != "NaN" else rf"NaN.*{named}", plain)
     assert not is_attached(plain)
     assert plain.config.rope_parameters == rope
@@ -310,7 +310,7 @@ def test_a_failed_save_leaves_the_old_directory_whole(llama, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("hici.adapters.directory.save_file", fail)
+    monkeypatch.setattr("hici.adapters.write.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         hici.save_pretrained(model, directory, overwrite=True)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
@@ -405,8 +405,8 @@ def test_save_and_lora_need_an_attached_plain_model(tmp_path):
 def test_offloaded_layers_are_refused(llama, monkeypatch):
     base, _, directory = llama
     meta = AutoModelForCausalLM.from_pretrained(base).to("meta")
-    monkeypatch.setattr("hici.adapters.directory._check_base", lambda *args: None)
-    monkeypatch.setattr("hici.adapters.directory.set_rope", lambda *args: None)
+    monkeypatch.setattr("hici.adapters.load._check_fingerprint", lambda *args: None)
+    monkeypatch.setattr("hici.adapters.load.set_rope", lambda *args: None)
     refuse(directory, "device_map keeps layers off every device", meta)
 
 
@@ -450,7 +450,7 @@ def test_damaged_files_are_named_and_leave_the_base_alone(llama):
         ([1], "holds a list instead of keys and values"),
         ({**record, "rope_parameters": None}, "rope_parameters=None is no dict"),
         ({**record, "context_length": "64"}, "context_length='64' is no int"),
-        ({**record, "format_version": 2}, "format_version 2, but this hici reads 1"),
+        ({**record, "format_version": 3}, "format_version 3, but this hici reads 1 and 2"),
     ):
         (directory / "hici_config.json").write_text(json.dumps(value))
         refuse(directory, message, plain)

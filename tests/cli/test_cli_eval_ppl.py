@@ -63,7 +63,7 @@ def test_json_says_how_the_number_was_made(
     assert done.status == 0, done.err
     record = json.loads(target.read_text())
     model = record["model"]
-    assert (model["path"], model["kind"]) == (str(adapter_directory), "hici directory")
+    assert (model["path"], model["kind"]) == (str(adapter_directory), "adapter")
     assert (model["base_model"], model["dtype"], model["device"]) == (str(base_directory), "float32", "cpu")
     assert model["base_fingerprint"].startswith("sha256:")
     assert (model["hici"]["visibility"], model["hici"]["segment_size"]) == ("past", 16)
@@ -205,7 +205,7 @@ def test_a_token_file(base_directory, stream, text_file, tmp_path, hici_command)
         ("base", ["--attention", "hici", "--segment-size", 16], "fresh random ones"),
         ("base", ["--attention", "hici", "--no-slots"], "says nothing of segments; give --segment-size"),
         ("base", ["--attention", "hici_s2"], "says nothing of segments; give --segment-size"),
-        ("base", ["--base-model", "x"], "is for a hici directory"),
+        ("base", ["--base-model", "x"], "is for an adapter"),
         ("base", ["--segment-size", 16], "--segment-size changes nothing in attention full"),
         ("base", ["--attention", "hici", "--segment-size", 16, "--num-segments", 2, "--no-slots"], "both given"),
         ("base", ["--device", "gpu0"], "no such device"),
@@ -246,12 +246,19 @@ def test_missing_weights_are_refused(base_directory, text_file, tmp_path, hici_c
     assert "model.layers.1.mlp.up_proj.weight" in done.err
 
 
-def test_hici_weights_in_a_plain_checkpoint_are_refused(base_directory, tokenizer, text_file, tmp_path, hici_command):
+def test_hici_weights_in_a_checkpoint_are_not_dropped(base_directory, tokenizer, text_file, tmp_path, hici_command):
     from transformers import AutoModelForCausalLM
 
     model = hici.attach(AutoModelForCausalLM.from_pretrained(base_directory), hici.HiCIConfig(bottleneck_dim=64))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    done = hici_command("eval", "ppl", tmp_path, "--data", text_file, "--context", 64, "--attention", "full", "hici",
+                        "--out", tmp_path / "r.json")  # fmt: skip
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "r.json").read_text())["model"]["kind"] == "merged"
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["hici"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     done = hici_command("eval", "ppl", tmp_path, "--data", text_file, "--context", 64)
     assert done.status == 2
     assert "holds HiCI modules inside a plain checkpoint, which would be dropped" in done.err

@@ -116,7 +116,7 @@ def test_an_adapter_directory_whose_base_is_gone(adapter_directory, tmp_path, hi
         (["--preset", "llama-2-7b", "--num-segments", 2, "--segment-size", 9], "both given"),
         (["--preset", "llama-2-7b", "--num-heads", 7], "bottleneck_dim=512 is not a multiple of num_heads=7"),
         (["--preset", "llama-2-7b", "--no-slots", "--visibility", "past"], "no slot to see"),
-        (["--preset", "llama-2-7b", "--base-model", "x"], "hici directory only"),
+        (["--preset", "llama-2-7b", "--base-model", "x"], "for an adapter only"),
     ],
     ids=str,
 )
@@ -131,7 +131,7 @@ def test_refusals_of_directories(adapter_directory, base_directory, tmp_path, hi
     assert "would need other modules" in hici_command("info", adapter_directory, "--num-heads", 2).err
     assert "holds no model" in hici_command("info", tmp_path).err
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "PEFT adapter without hici_config.json" in hici_command("info", tmp_path).err
+    assert "lacks adapter_model.bin and trainable_params.bin" in hici_command("info", tmp_path).err
     assert "is a file" in hici_command("info", base_directory / "config.json").err
 
 

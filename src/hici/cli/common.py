@@ -12,13 +12,15 @@ from hici.registry import suggest
 
 ATTENTIONS = ("full", "hici", "hici_s2")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_RECORD_FILE = "hici_config.json"  # hici.adapters.directory.CONFIG_FILE, without importing torch
+# of hici.adapters.contents, without importing torch
+_ADAPTER_FILES = ("hici_config.json", "adapter_config.json", "trainable_params.bin", "hici_model.safetensors")
 
-MODEL_HELP = "directory of hici.save_pretrained, directory of a transformers model, or a hub name"
+MODEL_HELP = "adapter directory (ours or released), directory of a transformers model, or a hub name"
 
 LOADING_NOTES = """\
-MODEL is a directory that hici wrote (it has hici_config.json), or any transformers causal LM. Attention hici on a
-plain model has no trained slots, so it needs --no-slots (segments alone, a baseline) and --segment-size or
+MODEL is a directory that hici wrote, a released HiCI or LongLoRA adapter (adapter_model.bin + trainable_params.bin;
+its context comes from a name that ends like -16k, or from --context-length), or any transformers causal LM. Attention
+hici on a plain model has no trained slots, so it needs --no-slots (segments alone, a baseline) and --segment-size or
 --num-segments; hici_s2 (shifted sparse attention) needs only the segments."""
 
 
@@ -34,10 +36,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """MODEL and how to load it."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     group = parser.add_argument_group("loading")
-    group.add_argument("--base-model", metavar="NAME", help="base for a hici directory (default: the recorded one)")
+    add_base_flags(group)
     group.add_argument("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="default auto: as the weights are stored")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+
+
+def add_base_flags(group: Any) -> None:
+    """What an adapter directory may not tell by itself."""
+    group.add_argument("--base-model", metavar="NAME", help="base for an adapter (default: the recorded one)")
+    group.add_argument("--context-length", type=positive, metavar="T",
+                       help="tokens a released adapter was trained for (default: what its name tells)")  # fmt: skip
+    group.add_argument("--num-heads", type=positive, metavar="N",
+                       help="heads of a released adapter's HiCI modules, which are in no file (default 8)")  # fmt: skip
 
 
 def add_segment_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,31 +81,36 @@ def load(args: argparse.Namespace, attentions: list[str]) -> Loaded:
     _check_segment_flags(args, attentions)
     expand_home(args)
     prepare_torch(args)
-    ours = is_hici_directory(args.model)
-    model = _load_ours(args) if ours else _load_plain(args, attentions)
-    tokenizer = load_tokenizer(args, ours)
-    return Loaded(model, tokenizer, _describe(args, model, ours))
+    kind = model_kind(args.model)
+    model = _load_plain(args, attentions) if kind == "plain" else _load_ours(args, attentions)
+    tokenizer = load_tokenizer(args, kind)
+    return Loaded(model, tokenizer, _describe(args, model, kind))
 
 
-def is_hici_directory(name: str) -> bool:
-    """Whether hici wrote it. Raises ValueError for a path without a model, naming what is missing."""
+def model_kind(name: str) -> str:
+    """What MODEL is: "adapter" (ours, released, LongLoRA's), "merged" (with HiCI modules) or "plain" (transformers).
+
+    Raises:
+        ValueError: a path without a model, naming what is missing.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
-        if (path / _RECORD_FILE).is_file():
-            return True
-        if (path / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{name} is a PEFT adapter without {_RECORD_FILE}, so hici.save_pretrained did not write it, or the "
-                "file was lost; copy it again"
-            )
+        if any((path / file).is_file() for file in _ADAPTER_FILES):
+            return "adapter"
         if not (path / "config.json").is_file():
-            raise ValueError(f"{name} has neither {_RECORD_FILE} nor config.json, so it holds no model; check the path")
-        return False
+            raise ValueError(
+                f"{name} has neither {_ADAPTER_FILES[0]} nor config.json, so it holds no model; check the path"
+            )
+        from hici.models.merged import is_merged_directory
+
+        return "merged" if is_merged_directory(path) else "plain"
     if path.is_file():
         raise ValueError(f"{name} is a file, but a model is a directory or a hub name; give its directory")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"{name} does not exist, and it is no hub name (owner/name); check the path")
-    return False
+    from hici.adapters.hub import holds_adapter
+
+    return "adapter" if holds_adapter(name) else "plain"
 
 
 def expand_home(args: argparse.Namespace) -> None:
@@ -126,17 +142,18 @@ def prepare_torch(args: argparse.Namespace) -> None:
         )
 
 
-def load_tokenizer(args: argparse.Namespace, ours: bool) -> Any:
+def load_tokenizer(args: argparse.Namespace, kind: str) -> Any:
     """The directory's tokenizer, else the base's."""
     from transformers import AutoTokenizer
 
     from hici.models.load import first_line
 
     source = args.model
-    if ours and not (Path(source) / "tokenizer_config.json").is_file():
-        from hici.adapters.directory import read_record
+    if kind == "adapter":
+        from hici.adapters.contents import tokenizer_source
+        from hici.adapters.hub import find_directory
 
-        source = args.base_model or read_record(source).base_model
+        source = tokenizer_source(find_directory(source), args.base_model)
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
@@ -144,17 +161,23 @@ def load_tokenizer(args: argparse.Namespace, ours: bool) -> Any:
                          "files beside the model")  from error  # fmt: skip
 
 
-def _load_ours(args: argparse.Namespace) -> Any:
-    from hici.adapters.directory import from_pretrained
-    from hici.models.attach import reconfigure
+def _load_ours(args: argparse.Namespace, attentions: list[str]) -> Any:
+    from hici.adapters.load import from_pretrained
+    from hici.models.attach import is_attached, reconfigure
 
     model = from_pretrained(
         args.model,
         base_model=args.base_model,
+        context_length=args.context_length,
         attention="full",
+        config=None if args.num_heads is None else {"num_heads": args.num_heads},
         dtype=_dtype(args),
         device_map=None if args.device == "cpu" else args.device,
     )
+    beyond_full = [mode for mode in attentions if mode != "full"]
+    if beyond_full and not is_attached(model):
+        raise ValueError(f"--attention {beyond_full[0]}, but {args.model} holds no HiCI modules (a LongLoRA adapter); "
+                         "give full")  # fmt: skip
     changes: dict[str, Any] = {
         name: value
         for name, value in (
@@ -172,8 +195,10 @@ def _load_ours(args: argparse.Namespace) -> Any:
 
 
 def _load_plain(args: argparse.Namespace, attentions: list[str]) -> Any:
-    if args.base_model is not None:
-        raise ValueError(f"--base-model {args.base_model} is for a hici directory, but {args.model} is a plain model")
+    for name in ("base_model", "context_length", "num_heads"):
+        value = getattr(args, name)
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is for an adapter, but {args.model} is a plain model")
     needs_segments = [mode for mode in attentions if mode != "full"]
     if needs_segments:
         _check_plain_flags(args, needs_segments)
@@ -237,7 +262,7 @@ def _check_plain_flags(args: argparse.Namespace, attentions: list[str]) -> None:
         )
 
 
-def _describe(args: argparse.Namespace, model: Any, ours: bool) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]:
     from hici.models.attach import get_causal_lm, get_decoder, hici_config, is_attached
     from hici.models.fingerprint import base_fingerprint
 
@@ -245,7 +270,7 @@ def _describe(args: argparse.Namespace, model: Any, ours: bool) -> dict[str, Any
     attached = is_attached(model)
     return {
         "path": str(args.model),
-        "kind": "hici directory" if ours else "plain",
+        "kind": kind,
         "base_model": lm.config.name_or_path,
         "base_fingerprint": get_decoder(model).hici_attached.base_fingerprint if attached else base_fingerprint(lm),
         "model_type": lm.config.model_type,

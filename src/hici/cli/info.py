@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from hici.cli.common import MODEL_HELP, expand_home, is_hici_directory, positive
+from hici.cli.common import MODEL_HELP, expand_home, model_kind, positive
 
 _DESCRIPTION = """\
 What HiCI adds to a model, how a context is cut into segments, and how much memory training and generation take.
@@ -31,7 +30,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     parser.add_argument("--preset", metavar="NAME", help="a known architecture instead of a model: llama-2-7b, ...")
-    parser.add_argument("--base-model", metavar="NAME", help="base for a hici directory (default: the recorded one)")
+    parser.add_argument("--base-model", metavar="NAME", help="base for an adapter (default: the recorded one)")
+    parser.add_argument("--context-length", type=positive, metavar="T",
+                        help="tokens a released adapter was trained for (default: what its name tells)")  # fmt: skip
     parser.add_argument("--context", type=positive, metavar="T", help="tokens (default: the model's positions)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
                         help="of the memory estimate (default bfloat16)")  # fmt: skip
@@ -60,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
         name, fields = args.preset, load_preset(args.preset)
         facts = _plain(args, _model_config(fields))
-    elif is_hici_directory(args.model):
+    elif model_kind(args.model) == "adapter":
         name, facts = args.model, _ours(args)
     else:
-        name, facts = args.model, _plain(args, _read_config(args.model))
+        name, facts = args.model, _plain(args, _config(args.model))
     if args.json:
         import json
 
@@ -79,56 +80,68 @@ def _plain(args: argparse.Namespace, model_config: Any) -> dict[str, Any]:
     from hici.config import HiCIConfig
     from hici.models.attach import saved_config
 
-    if args.base_model is not None:
-        raise ValueError(f"--base-model {args.base_model} is for a hici directory only; drop it")
+    for name in ("base_model", "context_length"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is for an adapter only; drop it")
     config = _changed(args, saved_config(model_config) or HiCIConfig())
     return _summary(args, model_config, config)
 
 
 def _ours(args: argparse.Namespace) -> dict[str, Any]:
-    """A hici directory: its record and the headers of its weights; the base's config where it can be read."""
-    from hici.adapters.directory import HICI_FILE, PEFT_FILES, read_record, tensor_shapes
-    from hici.config import HiCIConfig
+    """An adapter directory: its record and the headers of its weights; the base's config where it can be read."""
+    from hici.adapters.contents import config_of, read_contents
+    from hici.adapters.hub import find_directory
+    from hici.adapters.load import base_name
+    from hici.adapters.plan import make_plan
+    from hici.models.load import load_config
     from hici.rope import config_rope_parameters
 
+    contents = read_contents(find_directory(args.model), args.model, data=False)
     for name in _SHAPE_FLAGS:
-        if hasattr(args, name):
+        if hasattr(args, name) and (name != "num_heads" or contents.record is not None):
             raise ValueError(
                 f"--{name.replace('_', '-')} would need other modules than those in {args.model}; drop it, or ask "
                 "about the base model instead"
             )
-    record = read_record(args.model)
-    directory = Path(args.model).expanduser()
-    config = _changed(args, HiCIConfig.from_dict(record.hici))
-    shapes = tensor_shapes(directory / HICI_FILE)
-    trained = {
-        "HiCI modules": _count(shapes),
-        "LoRA, embeddings, norms": _count(tensor_shapes(directory / PEFT_FILES[1])) if record.peft else 0,
-    }
+    if not contents.has_hici:
+        raise ValueError(f"{args.model} holds no HiCI modules (a LongLoRA adapter); ask about its base model instead")
+    config = _changed(args, config_of(contents, {"num_heads": args.num_heads} if hasattr(args, "num_heads") else None))
+    base, record = base_name(contents, args.base_model), contents.record
     facts: dict[str, Any] = {
         "directory": {
-            "base_model": args.base_model or record.base_model,
-            "attention": record.attention,
-            "context_length": record.context_length,
-            "parameters": trained,
-            "made_with": record.made_with,
+            "layout": contents.layout,
+            "base_model": base,
+            "attention": record.attention if record else None,
+            "context_length": record.context_length if record else None,
+            "parameters": {
+                "HiCI modules": _count(contents.hici),
+                "LoRA, embeddings, norms": _count({**contents.lora, **contents.saved}),
+            },
+            "made_with": record.made_with if record else None,
         }
     }
-    if args.context is None:
-        args.context = record.context_length
     try:
-        model_config = _read_config(args.base_model or record.base_model)
+        model_config = load_config(base)
     except ValueError as error:
+        if args.context is None:
+            args.context = _own_context(args, record)
         return {**facts, **_without_base(args.context, config), "base_not_read": str(error)}
-    config_rope_parameters(model_config, record.rope_parameters, record.max_position_embeddings)
-    summary = _summary(args, model_config, config)
-    if summary["hici_parameters"] != trained["HiCI modules"]:
-        raise ValueError(
-            f"{directory / HICI_FILE} has {trained['HiCI modules']:,} parameters, but its config on "
-            f"{args.base_model or record.base_model} gives {summary['hici_parameters']:,}; give the base that it was "
-            "made on with --base-model, or copy the directory again"
-        )
-    return {**facts, **summary}
+    plan = make_plan(contents, model_config, context_length=args.context_length, config=config)
+    facts["directory"]["context_length"] = plan.context_length
+    if args.context is None:
+        args.context = plan.context_length
+    config_rope_parameters(model_config, plan.rope_parameters, plan.positions)
+    model_config.vocab_size = plan.vocab_size
+    return {**facts, **_summary(args, model_config, config)}
+
+
+def _own_context(args: argparse.Namespace, record: Any) -> int:
+    from hici.adapters.hub import context_of_name
+
+    context = record.context_length if record is not None else args.context_length or context_of_name(args.model)
+    if context is None:
+        raise ValueError(f"{args.model} does not tell the context that it was trained for; give --context-length")
+    return context
 
 
 def _without_base(context: int, config: Any) -> dict[str, Any]:
@@ -165,30 +178,18 @@ def _model_config(fields: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**fields)
 
 
-def _read_config(name: str) -> Any:
-    """The transformers config of a directory or hub name."""
-    from transformers import AutoConfig
+def _config(name: str) -> Any:
+    from hici.models.load import load_config
 
-    if not name:
-        raise ValueError("the directory does not record the name of its base model; give --base-model")
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"no config of {name!r} ({first}); give a directory with config.json, or a hub name that this machine "
-            "can reach, or --preset"
-        ) from error
+    return load_config(name)
 
 
 def _positive_or_none(text: str) -> int | None:
     return None if text.lower() == "none" else positive(text)
 
 
-def _count(shapes: dict[str, list[int]]) -> int:
-    import math
-
-    return sum(math.prod(shape) for shape in shapes.values())
+def _count(tensors: dict[str, Any]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _print(name: str, facts: dict[str, Any]) -> None:
@@ -198,8 +199,10 @@ def _print(name: str, facts: dict[str, Any]) -> None:
     rows = []
     if "directory" in facts:
         directory = facts["directory"]
-        rows += [["base model", directory["base_model"]], ["trained in attention", directory["attention"]],
-                 ["trained for", f"{directory['context_length']:,} tokens"]]  # fmt: skip
+        context = directory["context_length"]
+        rows += [["base model", directory["base_model"]], ["layout", directory["layout"]],
+                 ["trained in attention", directory["attention"] or "not recorded"],
+                 ["trained for", f"{context:,} tokens" if context else "not recorded"]]  # fmt: skip
         rows += [[f"parameters in file: {kind}", f"{count:,}"] for kind, count in directory["parameters"].items()]
     if "base_parameters" in facts:
         rows += [

@@ -174,8 +174,8 @@ def _write_scalar_gate(module: nn.Module, state: dict[str, Any], prefix: str, me
         state[prefix + "expand_scale_param"] = gate.reshape(())
 
 
-def _read_scalar_gate(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def _read_scalar_gate(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
     """load_state_dict accepts the gate as [] and as [1]."""
     gate = state.get(prefix + "expand_scale_param")
-    if gate is not None and gate.dim() == 0:
-        state[prefix + "expand_scale_param"] = gate.reshape(1)
+    if gate is not None and gate.shape in ((), (1,)):
+        state[prefix + "expand_scale_param"] = gate.reshape(module.expand_scale_param.shape)

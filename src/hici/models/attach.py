@@ -62,12 +62,8 @@ def attach(model: Any, config: HiCIConfig | None = None) -> Any:
     config.check_width(model.config.hidden_size)
     _refuse_offloaded(architecture.attention_modules(decoder))
     stock = model.config._attn_implementation
-    attached = Attached(
-        # loaded with attn_implementation="hici": then "full" is what transformers would have chosen
-        stock_attention="sdpa" if stock in MODES else stock,
-        base_fingerprint=base_fingerprint(model),
-        base_checksums=base_checksums(model),
-    )
+    # loaded with attn_implementation="hici": then "full" is what transformers would have chosen
+    attached = Attached("sdpa" if stock in MODES else stock, *_what_the_base_is(model))
     seed_rows_KD = _largest_embeddings(model, config.num_global_slots)
     attentions = architecture.attention_modules(decoder)
     # all modules are made before the first is put on: an error (of memory, say) leaves the model as it was
@@ -127,6 +123,18 @@ def reconfigure(model: Any, **changes: Any) -> Any:
         attention.local_constructor.absorb = backend.absorbed
     write_config(model)
     return model
+
+
+def remember_base(model: Any) -> None:
+    """Take the base weights of an attached model, as they are now, for those that `save_pretrained` compares with."""
+    attached = _attached_decoder(model).hici_attached
+    attached.base_fingerprint, attached.base_checksums = _what_the_base_is(model)
+
+
+def _what_the_base_is(model: Any) -> tuple[str, dict[str, Checksum]]:
+    # a base whose vocabulary has grown is known by what it was (models.vocabulary)
+    before = getattr(get_decoder(model), "hici_base_fingerprint", None)
+    return before or base_fingerprint(model), base_checksums(model)
 
 
 def _check_same(name: str, new: int | None, old: int | None) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from hici.adapters.lora import add_lora
 from hici.config import HiCIConfig
 from hici.core.segments import count_segments
 from hici.models.attach import attach, hici_state_dict
+from hici.models.load import meta_model
 from hici.report.memory import BYTES, Shape, generation_memory, training_memory
 from hici.rope import extended_rope
 
@@ -77,7 +76,7 @@ def summarise(
     context = model_config.max_position_embeddings if context is None else context
     if context < 1:
         raise ValueError(f"context={context} is below 1; give the number of tokens")
-    model = meta_model(model_config, config)
+    model = attach(meta_model(model_config), config)
     hici = {name: tensor.numel() for name, tensor in hici_state_dict(model).items()}
     total = sum(parameter.numel() for parameter in model.parameters())
     layers, count = model_config.num_hidden_layers, sum(hici.values())
@@ -106,15 +105,6 @@ def summarise(
         training=training_memory(shape, context, batch=batch, number_bytes=BYTES[dtype]),
         generation=generation_memory(shape, context, batch=batch, number_bytes=BYTES[dtype]),
     )
-
-
-def meta_model(model_config: Any, config: HiCIConfig) -> Any:
-    """The model of a transformers config with HiCI attached, all on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    return attach(model, config)
 
 
 def segment_plan(context: int, config: HiCIConfig) -> list[list[int]]:

@@ -15,8 +15,9 @@ import psutil
 import torch
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
-from hici.adapters.directory import CONFIG_FILE, save_pretrained
 from hici.adapters.lora import add_lora, trainable_parameters
+from hici.adapters.record import RECORD_FILE
+from hici.adapters.save import save_pretrained
 from hici.data.documents import Document, load_documents
 from hici.data.packing import content_hash, pack, split_documents
 from hici.files import check_target, write_json
@@ -222,7 +223,7 @@ def peak_memory() -> int:
 
 def _check_output(output: Path, recipe: Recipe) -> None:
     """Before any work: nothing that is there would be lost, and the results can be written."""
-    check_target(output / "adapter", overwrite=recipe.overwrite, marker=CONFIG_FILE)
+    check_target(output / "adapter", overwrite=recipe.overwrite, marker=RECORD_FILE)
     for file in (output / "train.json", output / "train.png"):
         if file.is_dir():
             raise ValueError(f"{file} is a directory, but a file is to be written there; give another output_dir")

@@ -1,0 +1,111 @@
+"""Directories of the Hugging Face hub: found for reading, and published."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hici.models.load import first_line
+
+# all that a directory of ours, a released one or a merged one can hold; nothing else is downloaded
+ADAPTER_MARKS = ("hici_config.json", "trainable_params.bin")
+_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.md", "*.py", "*.jinja"]
+
+
+def find_directory(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The local directory of that path, or of that hub repository (downloaded, or from the cache when offline).
+
+    huggingface_hub's own settings hold: HF_HUB_OFFLINE, HF_TOKEN, HF_HOME, ...
+
+    Raises:
+        ValueError: neither a directory nor a repository that can be had; `revision` for a local directory.
+    """
+    text = str(path_or_hub_id)
+    directory = Path(text).expanduser()
+    if directory.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} with {text}, which is a directory on this machine and has no "
+                             "revisions; leave it out, or give the hub name")  # fmt: skip
+        return directory
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith("."):
+        what = "is a file" if directory.is_file() else "does not exist"
+        raise ValueError(f"{text} {what}, so it is not a directory, and it is no hub name (owner/name); check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=_PATTERNS))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{text} is not a directory here, not in the hub's cache, and the hub could not be reached (or "
+            f"HF_HUB_OFFLINE is set); give a directory, or download it where there is a network ({first_line(error)})"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"{text} is not a directory here, and the hub did not give it ({first_line(error)}); check "
+                         "the name, the revision and your access (hf auth login)")  from error  # fmt: skip
+
+
+def holds_adapter(hub_id: str) -> bool:
+    """Whether a hub repository is an adapter of ours or a released one; False when that cannot be found out."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        names = HfApi().list_repo_files(hub_id)
+    except HFValidationError:
+        return False
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        names = [name for name in ADAPTER_MARKS if isinstance(try_to_load_from_cache(hub_id, name), str)]
+    return any(name in names for name in ADAPTER_MARKS)
+
+
+def context_of_name(name: str) -> int | None:
+    """The context that a name tells: "Llama-2-7b-HiCI-16k" -> 16 * 1024; None when it tells none, or several.
+
+    A path into the hub's cache tells by its repository.
+    """
+    parts = Path(name).parts
+    last = parts[-1] if parts else ""
+    if len(parts) >= 3 and parts[-2] == "snapshots":
+        last = parts[-3]
+    sizes = set(re.findall(r"(?<![0-9A-Za-z])(\d+)[kK](?![0-9A-Za-z])", last))
+    return int(sizes.pop()) * 1024 if len(sizes) == 1 else None
+
+
+def push_to_hub(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload HiCI model",
+    token: str | None = None,
+) -> Any:
+    """Publish a directory that `save_pretrained`, `convert` or `merge` wrote, through huggingface_hub.
+
+    Args:
+        directory: what to upload; all of its files.
+        repo_id: owner/name; made when it does not exist.
+        private: of a new repository; None: the account's default.
+        revision: branch to upload to.
+        token: None: the stored login.
+
+    Returns:
+        huggingface_hub's CommitInfo.
+
+    Raises:
+        ValueError: no such directory, or no model in it; a directory that `hici verify` finds fault with.
+    """
+    from huggingface_hub import HfApi
+
+    from hici.adapters.verify import verify
+
+    directory = Path(directory).expanduser()
+    report = verify(directory)
+    if report.problems:
+        raise ValueError(f"{directory} is not published, since it is not whole: {report.problems[0].text} (all of it: "
+                         f"hici verify {directory})")  # fmt: skip
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return api.upload_folder(repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message)
