@@ -28,6 +28,8 @@ def atomic_directory(target: str | Path, *, overwrite: bool = False, marker: str
     try:
         yield temporary
         for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())  # safetensors writes 0600, which nobody else could read
             _sync(path)
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is for the temporary only
         _swap(temporary, target)

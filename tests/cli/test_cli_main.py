@@ -8,7 +8,7 @@ import pytest
 from hici import __version__
 from hici.cli.main import build_parser, main, parse
 
-VERBS = [["info"], ["train"], ["generate"], ["eval"], ["eval", "ppl"]]
+VERBS = [["info"], ["train"], ["generate"], ["convert"], ["merge"], ["verify"], ["eval"], ["eval", "ppl"]]
 _HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib")
 
 

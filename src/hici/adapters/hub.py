@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from hici.models.load import first_line
 
 # all that a directory of ours, a released one or a merged one can hold; nothing else is downloaded
 ADAPTER_MARKS = ("hici_config.json", "trainable_params.bin")
-_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.md", "*.py", "*.jinja"]
+_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.md", "*.py", "*.jinja")
 
 
-def find_directory(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+def find_directory(
+    path_or_hub_id: str | Path, revision: str | None = None, *, patterns: Sequence[str] = _PATTERNS
+) -> Path:
     """The local directory of that path, or of that hub repository (downloaded, or from the cache when offline).
 
     huggingface_hub's own settings hold: HF_HUB_OFFLINE, HF_TOKEN, HF_HOME, ...
@@ -35,7 +38,7 @@ def find_directory(path_or_hub_id: str | Path, revision: str | None = None) -> P
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError as error:
         raise ValueError(
             f"{text} is not a directory here, not in the hub's cache, and the hub could not be reached (or "

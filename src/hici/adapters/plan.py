@@ -97,7 +97,7 @@ def make_plan(
     if hici is None and config is not None:
         raise ValueError(f"config is given, but {contents.directory} holds no HiCI modules; leave it out")
     meta = meta_model(model_config)
-    _check_rank(contents)
+    check_rank(contents)
     _check_base(contents, meta)
     rope, positions, context = _rope(contents, model_config, context_length)
     plan = Plan(
@@ -181,7 +181,8 @@ def check_tensors(expected: dict[str, list[int]], contents: Contents) -> None:
         )
 
 
-def _check_rank(contents: Contents) -> None:
+def check_rank(contents: Contents) -> None:
+    """Raise ValueError when LoRA tensors have another rank than adapter_config.json says."""
     config = contents.lora_config or {}
     if config.get("rank_pattern"):
         return  # ranks by module; the dry run compares them

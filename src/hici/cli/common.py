@@ -113,11 +113,16 @@ def model_kind(name: str) -> str:
     return "adapter" if holds_adapter(name) else "plain"
 
 
-def expand_home(args: argparse.Namespace) -> None:
-    """`~` in MODEL and --base-model: the shell leaves it in quotes and in --flag=~/x, and transformers too."""
-    for name in ("model", "base_model"):
+def expand_home(args: argparse.Namespace, *names: str) -> None:
+    """`~` in names of models: the shell leaves it in quotes and in --flag=~/x, and transformers too."""
+    for name in names or ("model", "base_model"):
         if getattr(args, name) is not None:
             setattr(args, name, os.path.expanduser(getattr(args, name)))
+
+
+def num_heads_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """--num-heads as the `config` of hici.from_pretrained, convert, merge and verify."""
+    return None if args.num_heads is None else {"num_heads": args.num_heads}
 
 
 def prepare_torch(args: argparse.Namespace) -> None:
@@ -170,7 +175,7 @@ def _load_ours(args: argparse.Namespace, attentions: list[str]) -> Any:
         base_model=args.base_model,
         context_length=args.context_length,
         attention="full",
-        config=None if args.num_heads is None else {"num_heads": args.num_heads},
+        config=num_heads_config(args),
         dtype=_dtype(args),
         device_map=None if args.device == "cpu" else args.device,
     )

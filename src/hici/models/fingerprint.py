@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,15 +23,24 @@ def base_fingerprint(model: Any) -> str:
     Values are rounded to bfloat16 first, so the same weights loaded as float32 and as bfloat16 agree. HiCI modules
     are left out. "unknown" when a tensor has no data (meta device) or is quantised.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    return fingerprint(model.state_dict().items())
+
+
+@torch.no_grad()
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`base_fingerprint` of a model's tensors by name, wherever they come from; they are read one at a time."""
+    digests = {}
+    for name, tensor in tensors:
         if is_hici_name(name):
             continue
         if tensor.device.type == "meta" or not tensor.is_floating_point():
             return "unknown"
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(_sample(tensor).tobytes())
-    return "sha256:" + digest.hexdigest()
+        digests[name] = (f"{name}{list(tensor.shape)}".encode(), _sample(tensor).tobytes())
+    whole = hashlib.sha256()
+    for _, parts in sorted(digests.items()):
+        for part in parts:
+            whole.update(part)
+    return "sha256:" + whole.hexdigest()
 
 
 def _sample(tensor: Tensor) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from hici.config import HiCIConfig
-from hici.models.attach import attach, attention_modules, reconfigure, saved_config
+from hici.models.attach import attach, attention_modules, reconfigure, saved_config, write_config
 from hici.models.load import first_line
 from hici.models.modes import ATTENTIONS, set_attention
 
@@ -49,6 +49,12 @@ class HiCIMixin:
             set_attention(self, mode)
         else:
             self.set_attn_implementation(asked)  # type: ignore[attr-defined] # of the causal LM behind
+            write_config(self)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; config.json gets the attention mode that the model is in."""
+        write_config(self)
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc] # of the causal LM behind
 
 
 def _make_gate_scalar(integrator: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hici.models.attach import get_causal_lm, get_decoder
 from hici.models.fingerprint import base_fingerprint
@@ -63,14 +63,19 @@ def vocabulary_weights(model: Any) -> list[tuple[nn.Module, nn.Parameter]]:
     return [(module, module.weight) for module in modules if module is not None]
 
 
+@torch.no_grad()
+def grown_rows(weight: Tensor, size: int) -> Tensor:
+    """`weight` [rows, D] with new rows up to `size`: the mean of the old ones, in their own dtype, as published."""
+    mean = weight.mean(dim=0, keepdim=True).expand(size - weight.shape[0], -1)
+    return torch.cat([weight, mean])
+
+
 def _grow(module: Any, size: int) -> None:
     old = module.weight
     if getattr(module, "bias", None) is not None:
         raise ValueError("the output layer has a bias, for which the published rule has no new entries; resize the "
                          "base's vocabulary first (model.resize_token_embeddings) and save it")  # fmt: skip
-    # the mean in the own dtype of the weight, as published
-    mean = old.mean(dim=0, keepdim=True).expand(size - old.shape[0], -1)
-    module.weight = nn.Parameter(torch.cat([old, mean]), requires_grad=old.requires_grad)
+    module.weight = nn.Parameter(grown_rows(old, size), requires_grad=old.requires_grad)
     _set_rows(module, size)
 
 

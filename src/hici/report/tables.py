@@ -21,10 +21,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def print_facts(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
-    """Print names and values to stdout, both left-aligned, without a header."""
+    """Print names and values to stdout, all left-aligned, without a header."""
     table = Table(show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
+    for _ in range(max(len(row) for row in rows)):
+        table.add_column(overflow="fold")
     _print(title, table, rows, notes)
 
 
