@@ -63,7 +63,7 @@ def extended_rope(model_config: Any, context_length: int, method: str | None = N
 
 
 def _check_scaled(rope: dict[str, Any], positions: int, context_length: int, method: str | None) -> None:
-    kind, factor = rope["rope_type"], rope.get("factor")
+    kind = rope["rope_type"]
     by_hand = "set config.rope_parameters and config.max_position_embeddings yourself"
     if kind not in EXTENSIBLE:
         raise ValueError(
@@ -75,11 +75,12 @@ def _check_scaled(rope: dict[str, Any], positions: int, context_length: int, met
             f"rope method {method!r}, but the model's rope is scaled already by {kind}, and a second scaling has no "
             f"agreed meaning; leave the method out (its {kind} factor is extended then)"
         )
-    original = rope.get("original_max_position_embeddings")
-    if factor is None or (original is None and kind != "linear"):
-        missing = "factor" if factor is None else "original_max_position_embeddings"
-        raise ValueError(f"the model's {kind} rope lacks {missing}, so it cannot be extended; set it in "
-                         "config.rope_parameters")  # fmt: skip
+    for name in ("factor",) if kind == "linear" else ("factor", "original_max_position_embeddings"):
+        if rope.get(name) is None:
+            raise ValueError(
+                f"the model's {kind} rope lacks {name}, so it cannot be extended; set it in config.rope_parameters"
+            )
+    factor, original = rope["factor"], rope.get("original_max_position_embeddings", 0)
     if kind == "yarn" and factor > 1 and original >= positions:
         raise ValueError(
             f"the model's yarn rope has factor {factor:g}, but max_position_embeddings={positions} is no more than its "
@@ -122,9 +123,9 @@ def config_rope_parameters(model_config: Any, rope_parameters: dict[str, Any], p
     """Set rope parameters and number of positions on a transformers config."""
     model_config.rope_parameters = copy.deepcopy(dict(rope_parameters))  # transformers fills in missing keys in place
     model_config.max_position_embeddings = positions
-    original = rope_parameters.get("original_max_position_embeddings")
-    if original is not None and hasattr(model_config, "original_max_position_embeddings"):
-        model_config.original_max_position_embeddings = original  # Phi-3: counts more than the one in the parameters
+    if hasattr(model_config, "original_max_position_embeddings"):  # Phi-3: counts more than the one in the parameters
+        original = rope_parameters.get("original_max_position_embeddings", positions)
+        model_config.original_max_position_embeddings = original
 
 
 def far_rope(rope_parameters: dict[str, Any]) -> dict[str, Any]:

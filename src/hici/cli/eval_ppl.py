@@ -216,8 +216,9 @@ def _print(args: argparse.Namespace, record: dict[str, Any], results: list[Any])
                      f"{r.tokens_per_second:,.0f}"])  # fmt: skip
     if any(r.leaks_future for r in results):
         notes.append("(sees the future): a token sees a summary of its own future; no perplexity of a language model.")
-    if record["protocol"]["rope"]["extended"]:
-        notes.append(f"Rope extended ({record['protocol']['rope']['extended']}) to {max(args.context):,} positions for every context above.")
+    kind = record["protocol"]["rope"]["extended"]
+    if kind:
+        notes.append(f"Rope extended ({kind}) to {max(args.context):,} positions for every context above.")
     unused = ", ".join(f"{r.windows.unused_tokens:,} at {r.windows.context:,}" for r in _one_a_context(results))
     notes.append(f"Tokens behind the last whole window, not used: {unused}.")
     columns = ["attention", "visibility", "context", "segments", "windows", "loss", "± s.e.", "ppl", "95 %", "tokens/s"]

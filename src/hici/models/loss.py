@@ -46,8 +46,8 @@ def summed_loss(
 ) -> Tensor:
     """Sum of the cross entropies of all tokens whose target is not -100: a float32 scalar, in nats.
 
-    `cap` as in `token_losses`. Differentiable once in hidden states, weight and bias. The weight's gradient is summed over the chunks in float32,
-    and lives from the forward to the backward pass.
+    `cap` as in `token_losses`. Differentiable once in hidden states, weight and bias. The weight's gradient is summed
+    over the chunks in float32, and lives from the forward to the backward pass.
     """
     inputs = (hidden_TD, weight_VD, bias_V)
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
@@ -73,7 +73,7 @@ class _SummedLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         cap: float | None,
     ) -> Tensor:
-        hidden_grad, weight_grad, _, bias_grad = ctx.needs_input_grad
+        hidden_grad, weight_grad, _, bias_grad, _ = ctx.needs_input_grad
         lower_VD = weight_VD.to(_head_dtype(weight_VD))
         d_hidden_TD = torch.empty_like(hidden_TD) if hidden_grad else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_grad else None

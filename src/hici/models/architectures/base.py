@@ -44,7 +44,7 @@ class Architecture:
     gated_mlp: bool = True
 
     def check(self, model_config: Any) -> None:
-        """Raise ValueError when HiCI attention cannot compute what a model of this config computes; by default never."""
+        """Raise ValueError when HiCI attention cannot follow a model of this config; by default it can."""
 
     def logit_cap(self, model_config: Any) -> float | None:
         """c where the model's logits are c tanh(x / c) of what its head gives; None: they are what the head gives."""

@@ -33,7 +33,7 @@ class Phi3(Architecture):
                 f"rope method {method!r}, but transformers' phi3 config takes no other scaled rope than longrope; use "
                 "'linear' (written as a longrope whose factors are all equal)"
             )
-        head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+        head_dim = model_config.hidden_size // model_config.num_attention_heads
         factors = [factor] * (int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2)
         return {
             **rope,
