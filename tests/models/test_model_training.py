@@ -121,7 +121,7 @@ def test_bf16_autocast_is_close(case):
 @pytest.mark.parametrize(
     "use_cache, dtype", [(False, torch.bfloat16), (True, torch.float32)], ids=["no-cache", "cache"]
 )
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_autocast_reaches_the_backend_in_one_dtype(architecture, use_cache, dtype):
     """RoPE leaves queries and keys in float32 under autocast; the bridge casts. (DynamicCache promotes the values.)"""
     model = strong_model(architecture)
