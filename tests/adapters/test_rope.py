@@ -214,6 +214,13 @@ def test_the_gemma_3_entry_by_layer_type():
     assert far_rope(model.config.rope_parameters)["factor"] == 6.0
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_new_rope_is_on_the_device_of_the_old_one(architecture):
+    model = tiny_model(architecture).to("meta")
+    hici.extend_rope(model, 256)
+    assert {buffer.device.type for buffer in get_decoder(model).rotary_emb.buffers()} == {"meta"}
+
+
 def test_set_rope_shares_nothing_with_what_it_is_given():
     model = tiny_model("gemma3")
     given = copy.deepcopy(model.config.rope_parameters)
