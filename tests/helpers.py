@@ -15,10 +15,18 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -33,15 +41,44 @@ from hici.models.attach import attach, hici_config
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB = 97
 SEGMENT = 8
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3", "gemma2", "gemma3")
 SMALL = {"num_local_slots": 3, "num_global_slots": 2, "num_heads": 4, "bottleneck_dim": 32, "compress_dim": 16}
 
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 2.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # so that each of the three kinds of frequency is there
+}
+# head_dim is not width / heads, scores are not scaled by it, and the second layer has another kind of attention
+_GEMMA = {
+    "head_dim": 24,
+    "query_pre_attn_scalar": 30,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": _LLAMA3_ROPE}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24}),  # heads * head_dim is not the width
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.75}}),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": 20.0, "attn_implementation": "eager"},
+    ),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, _GEMMA),
 }
+
+
+def stock_attention(architecture):
+    """What transformers chooses for it: Gemma 2 has no sdpa."""
+    return "eager" if architecture == "gemma2" else "sdpa"
 
 
 def tiny_model(architecture="llama", *, seed=0, **options):
@@ -61,7 +98,9 @@ def tiny_model(architecture="llama", *, seed=0, **options):
         "pad_token_id": None,
         "attn_implementation": "sdpa",
     }
-    model = model_class(config_class(**{**values, **extra, **options})).eval()
+    if architecture == "gpt_neox":
+        del values["num_key_value_heads"]  # it knows none
+    model = model_class(config_class(**copy.deepcopy({**values, **extra, **options}))).eval()
     randomise(model, seed)
     return model
 
@@ -70,12 +109,15 @@ def tiny_model(architecture="llama", *, seed=0, **options):
 def randomise(model, seed=0):
     """Large random values for every parameter (in the order and spirit of the golden models)."""
     generator = torch.Generator().manual_seed(seed)
+    from_one = getattr(getattr(model, "config", None), "model_type", "").startswith("gemma")  # its norms weigh 1 + w
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         in_hici = "local_constructor" in name or "global_integrator" in name
-        if "norm" in name or name.endswith((".1.weight", ".1.bias")):
+        if from_one and "norm" in name and not in_hici:
+            value = 0.2 * noise
+        elif "norm" in name or name.endswith((".1.weight", ".1.bias")):
             value = 0.2 * noise + (0.0 if name.endswith("bias") else 1.0)
-        elif name.endswith(("embed_tokens.weight", "memory_slots", "global_queries")):
+        elif name.endswith(("embed_tokens.weight", "embed_in.weight", "memory_slots", "global_queries")):
             value = 0.3 * noise
         elif name.endswith("expand_scale_param"):
             value = 0.5 * noise

@@ -15,7 +15,8 @@ from typing import Any
 def suggest(name: str, known: Iterable[str], what: str, remedy: str = "") -> str:
     """The text of an error about an unknown name: the value, the known names, the nearest one."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    longer = [each for each in known if name and each.startswith(name)]  # gemma3: gemma3_text rather than gemma2
+    near = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     tail = f" {remedy}" if remedy else ""
     return f"unknown {what} {name!r}; known: {', '.join(known)}.{hint}{tail}"

@@ -17,8 +17,11 @@ from helpers import assert_slots_matter, difference, logits, random_ids, randomi
 from hici.adapters.lora import trainable_parameters
 from hici.adapters.weights import tensor_shapes
 from hici.models.attach import attention_modules, hici_state_dict, is_attached
+from hici.models.modes import set_attention
+from hici.rope import far_rope
 
 IDS = random_ids(2, 45)
+NEW = ("llama3", "gpt_neox", "phi3", "gemma2-tied", "gemma3-tied")
 
 
 def make_base(directory, architecture="llama", tie=False, seed=0):
@@ -45,7 +48,7 @@ def make_trained(base, tie=False, context=64, **lora):
     return wrapped.eval()
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-tied", "qwen3", "mistral", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "llama-tied", "qwen3", "mistral", "qwen2", *NEW])
 def saved(request, tmp_path_factory):
     """(base directory, trained model, adapter directory)."""
     architecture, _, tied = request.param.partition("-")
@@ -75,10 +78,11 @@ def test_directory_has_exactly_its_files(saved):
 def test_loaded_model_equals_the_saved_one(saved, attention):
     _, model, directory = saved
     loaded = hici.from_pretrained(directory, attention=attention)
-    model.set_attn_implementation("hici" if attention == "hici" else "sdpa")
+    set_attention(model, attention)
     assert difference(logits(loaded, IDS), logits(model, IDS)) == 0
     assert loaded.config.max_position_embeddings == 64
-    assert loaded.config.rope_parameters["factor"] == 2.0
+    scaled_before = loaded.config.rope_parameters.get("rope_type") == "llama3"  # by 2
+    assert far_rope(loaded.config.rope_parameters)["factor"] == (4.0 if scaled_before else 2.0)
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
 
@@ -88,7 +92,7 @@ def test_plain_peft_loads_its_part_as_the_full_attention_model(saved):
     plain = AutoModelForCausalLM.from_pretrained(base)
     hici.extend_rope(plain, 64)
     loaded = peft.PeftModel.from_pretrained(plain, directory)
-    model.set_attn_implementation("sdpa")
+    set_attention(model, "full")
     assert difference(logits(loaded, IDS), logits(model, IDS)) == 0
     assert not any("local_constructor" in name for name in load_file(directory / "adapter_model.safetensors"))
 
@@ -97,7 +101,8 @@ def test_hici_file_holds_the_published_names(saved):
     _, model, directory = saved
     shapes = tensor_shapes(directory / "hici_model.safetensors")
     assert shapes == {name: list(tensor.shape) for name, tensor in hici_state_dict(model).items()}
-    assert shapes["model.layers.1.self_attn.global_integrator.expand_scale_param"] == []
+    layer = "gpt_neox.layers.1.attention" if model.config.model_type == "gpt_neox" else "model.layers.1.self_attn"
+    assert shapes[f"{layer}.global_integrator.expand_scale_param"] == []
     assert len(shapes) == 36
 
 

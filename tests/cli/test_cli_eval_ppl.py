@@ -136,7 +136,7 @@ def test_rope_is_extended_once_to_the_longest(base_directory, text_file, tmp_pat
     assert refused.status == 2
     assert "200 tokens are more than the 128 positions" in refused.err
     assert hici_command(*arguments, "--allow-beyond-rope", "--out", tmp_path / "beyond").status == 0
-    done = hici_command(*arguments, "--rope", "linear", "--out", tmp_path / "linear")
+    done = hici_command(*arguments, "--rope", "auto", "--out", tmp_path / "linear")
     assert done.status == 0, done.err
     assert "Rope extended (linear) to 200 positions" in done.out
     records = {name: json.loads((tmp_path / name / "ppl.json").read_text()) for name in ("beyond", "linear")}

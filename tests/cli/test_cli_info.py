@@ -1,10 +1,11 @@
 """`hici info`: the published numbers, directories without their base, refusals; memory against autograd."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hici import HiCIConfig
 from hici.models.attach import attach, hici_state_dict
@@ -17,6 +18,10 @@ BASE = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
+    "gemma-3-1b": 999_885_952,
+    "phi-3-mini-4k": 3_821_079_552,
+    "pythia-1.4b": 1_414_647_808,
     "mistral-7b": 7_248_023_552,
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
@@ -108,7 +113,7 @@ def test_an_adapter_directory_whose_base_is_gone(adapter_directory, tmp_path, hi
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--preset", "lama-2-7b"], "unknown preset 'lama-2-7b'; known: llama-2-13b, llama-2-7b"),
+        (["--preset", "lama-2-7b"], "unknown preset 'lama-2-7b'; known: gemma-3-1b, llama-2-13b, llama-2-7b"),
         (["--preset", "lama-2-7b"], "Did you mean 'llama-2-7b'?"),
         ([], "give one of MODEL and --preset"),
         (["x", "--preset", "llama-2-7b"], "give one of MODEL and --preset"),
@@ -141,7 +146,24 @@ def test_the_layers_memory_is_what_autograd_saves(width, mlp, heads, kv_heads, d
     tokens = 512
     config = LlamaConfig(vocab_size=64, hidden_size=width, intermediate_size=mlp, num_hidden_layers=1,
                          num_attention_heads=heads, num_key_value_heads=kv_heads)  # fmt: skip
-    model = LlamaForCausalLM(config).to(dtype)
+    saved = _saved_by_autograd(LlamaForCausalLM(config).to(dtype), tokens, dtype)
+    shape = Shape(1, width, mlp, heads, kv_heads, width // heads, 64, local_scores=64, parameters=0,
+                  held_in_training=0, trained=0, head_trains=False)  # fmt: skip
+    assert saved == pytest.approx(tokens * layer_bytes_per_token(shape, dtype.itemsize), rel=0.12)
+
+
+def test_the_layers_memory_without_a_gate():
+    """GPT-NeoX: its MLP keeps two tensors, and its LayerNorms keep less than the estimate's norms do."""
+    config = GPTNeoXConfig(vocab_size=64, hidden_size=128, intermediate_size=2048, num_hidden_layers=1,
+                           num_attention_heads=4)  # fmt: skip
+    saved = _saved_by_autograd(GPTNeoXForCausalLM(config), 512, torch.float32)
+    shape = Shape(1, 128, 2048, 4, 4, 32, 64, local_scores=64, parameters=0, held_in_training=0, trained=0,
+                  head_trains=False, gated_mlp=False)  # fmt: skip
+    assert saved == pytest.approx(512 * layer_bytes_per_token(shape, 4), rel=0.12)
+
+
+def _saved_by_autograd(model, tokens, dtype):
+    """Bytes that one layer keeps for its backward pass, parameters left out."""
     attach(model, HiCIConfig(bottleneck_dim=128, compress_dim=16, visibility="past", segment_size=256))
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept, storages = [], {}
@@ -153,14 +175,12 @@ def test_the_layers_memory_is_what_autograd_saves(width, mlp, heads, kv_heads, d
         kept.append(tensor)  # keeps addresses from being used twice
         return tensor
 
-    hidden = torch.randn(1, tokens, width, dtype=dtype, requires_grad=True)
-    position_embeddings = model.model.rotary_emb(hidden, torch.arange(tokens)[None])
+    decoder = model.base_model
+    hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=dtype, requires_grad=True)
+    position_embeddings = decoder.rotary_emb(hidden, torch.arange(tokens)[None])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.model.layers[0](hidden, position_embeddings=position_embeddings)
-    shape = Shape(1, width, mlp, heads, kv_heads, width // heads, 64, local_scores=64, parameters=0,
-                  held_in_training=0, trained=0, head_trains=False)  # fmt: skip
-    estimate = tokens * layer_bytes_per_token(shape, dtype.itemsize)
-    assert sum(storages.values()) == pytest.approx(estimate, rel=0.12)
+        decoder.layers[0](hidden, position_embeddings=position_embeddings)
+    return sum(storages.values())
 
 
 def test_memory_by_hand():
@@ -172,6 +192,27 @@ def test_memory_by_hand():
     assert training["loss"] == 150 * 6 + 4 * 15 * 8 + 12 * 10 * 8
     generation = generation_memory(shape, 5, batch=3, number_bytes=2)
     assert (generation["weights"], generation["KV cache"]) == (2000, 2 * 15 * 2 * 1 * 4 * 2)
+    plain = replace(shape, gated_mlp=False, window=3, window_layers=1)
+    assert training["one layer"] - training_memory(plain, 5, batch=3)["one layer"] == 15 * 3 * 2 * 16
+    assert generation_memory(plain, 5, batch=3)["KV cache"] == 2 * 3 * (5 + 3) * 1 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    "preset, window, rope",
+    [
+        ("llama-3.1-8b", None, "131,072 positions; 262,144 needs llama3 scaling by 16"),
+        ("pythia-1.4b", None, "2,048 positions; 262,144 needs linear scaling by 128"),
+        ("phi-3-mini-4k", 2047, "4,096 positions; 262,144 needs linear scaling by 64"),
+        ("gemma-3-1b", 512, "32,768 positions; 262,144 needs linear scaling by 8"),
+    ],
+)
+def test_rope_and_windows_of_presets(preset, window, rope, hici_command):
+    arguments = ("info", "--preset", preset, "--context", 262144)
+    facts = json.loads(hici_command(*arguments, "--json").out)
+    assert (facts["sliding_window"], facts["rope"]) == (window, rope)
+    assert ("segments must not be longer" in hici_command(*arguments).out) == (window is not None)
+    if preset == "gemma-3-1b":
+        assert facts["generation"]["KV cache"] == 2 * (4 * 262144 + 22 * 512) * 256 * 2
 
 
 def test_counts_are_those_of_real_modules(base_directory, hici_command):

@@ -40,7 +40,8 @@ def test_version(hici_command):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["evl"], r"unknown hici verb 'evl'; known: eval, generate, info, train. Did you mean 'eval'?"),
+        (["evl"], "unknown hici verb 'evl'; known: convert, eval, generate, info, merge, train, verify. Did you mean "
+         "'eval'?"),
         (["eval", "pp"], r"unknown hici eval verb 'pp'; known: ppl. Did you mean 'ppl'?"),
         ([], "the following arguments are required: VERB"),
         (["info", "--preset", "llama-2-7b", "--contxt", "5"], "unknown flag '--contxt' of `hici info`. Did you mean "

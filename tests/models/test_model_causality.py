@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import SEGMENT, VOCAB, difference, logits, padded, random_ids, strong_model
+from helpers import ARCHITECTURES, SEGMENT, VOCAB, difference, logits, padded, random_ids, strong_model
 
 LENGTHS = (3 * SEGMENT, 3 * SEGMENT + 5, 2 * SEGMENT + 1, 4 * SEGMENT - 1)
 
@@ -18,7 +18,7 @@ def _changed(ids, position, *, rest):
 
 @pytest.mark.parametrize("rest", [False, True], ids=["one-token", "all-behind"])
 @pytest.mark.parametrize("length", LENGTHS, ids=lambda t: f"T{t}")
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_past_is_causal_bit_for_bit(architecture, length, rest):
     model = strong_model(architecture, visibility="past")
     ids = random_ids(1, length)

@@ -26,6 +26,10 @@ def _inputs(masked):
         ("qwen3", "past", False),
         ("qwen3", "current", True),
         ("llama", "s2", True),
+        ("gpt_neox", "past", True),
+        ("phi3", "past", True),
+        ("gemma2", "past", True),
+        ("gemma3", "past", True),
     ],
 )
 def test_fullgraph(architecture, way, masked):

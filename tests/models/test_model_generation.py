@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from helpers import ARCHITECTURES, difference, logits, padded, random_ids, strong_model, tiny_model
+from helpers import ARCHITECTURES, difference, logits, padded, random_ids, stock_attention, strong_model, tiny_model
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -21,12 +21,12 @@ def _greedy(model, ids, mask=None):
 
 
 @torch.no_grad()
-def _by_hand(model, ids):
+def _by_hand(model, ids, stock="sdpa"):
     """Prefill in mode "hici", then the *stock* attention over the cache it filled."""
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config)
     out = model(ids, past_key_values=cache, use_cache=True)
     tokens, steps = [], []
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(stock)
     for _ in range(NEW):
         steps.append(out.logits[:, -1])
         tokens.append(steps[-1].argmax(-1))
@@ -41,11 +41,11 @@ def test_greedy_equals_prefill_and_stock_decode(architecture, visibility):
     model = strong_model(architecture, visibility=visibility)
     ids = random_ids(2, 29)
     tokens, steps = _greedy(model, ids)
-    expected_tokens, expected_steps = _by_hand(model, ids)
+    expected_tokens, expected_steps = _by_hand(model, ids, stock_attention(architecture))
     assert torch.equal(tokens, expected_tokens)
     assert difference(steps, expected_steps) < 2e-5
     assert difference(steps[:, 0], logits(model, ids)[:, -1]) < 1e-5
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(stock_attention(architecture))
     assert difference(_greedy(model, ids)[1][:, 0], steps[:, 0]) > 0.1  # not the stock model all along
 
 
@@ -76,7 +76,7 @@ def test_several_tokens_at_once_on_a_filled_cache():
     assert difference(block, one_by_one) < 1e-5
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("mode", ["hici", "hici_s2"])
 def test_left_padded_batch_equals_single_rows(architecture, mode):
     model = strong_model(architecture, visibility="past")
@@ -119,24 +119,29 @@ def test_beam_search(visibility):
     assert torch.equal(out[1, 29:], alone[0, 17:])
 
 
-def _windowed():
-    return strong_model("mistral", visibility="past", options={"sliding_window": 10})
+WINDOWED = ("mistral", "phi3", "gemma2", "gemma3")
 
 
-def test_sliding_window_in_decode():
-    model = _windowed()
+def _windowed(architecture):
+    return strong_model(architecture, visibility="past", options={"sliding_window": 10})
+
+
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_sliding_window_in_decode(architecture):
+    model = _windowed(architecture)
     ids = random_ids(2, 29)
     tokens, steps = _greedy(model, ids)
-    expected_tokens, expected_steps = _by_hand(model, ids)
+    expected_tokens, expected_steps = _by_hand(model, ids, stock_attention(architecture))
     assert torch.equal(tokens, expected_tokens)
     assert difference(steps, expected_steps) < 2e-5
 
 
-def test_sliding_window_of_several_tokens_on_a_cache_that_keeps_all_keys():
-    model = _windowed()
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_sliding_window_of_several_tokens_on_a_cache_that_keeps_all_keys(architecture):
+    model = _windowed(architecture)
     ids, more = random_ids(2, 29), random_ids(2, 5, seed=7)
     results = []
-    for mode in ("hici", "sdpa"):
+    for mode in ("hici", stock_attention(architecture)):
         cache = DynamicCache()
         with torch.no_grad():
             model(ids, past_key_values=cache)
@@ -146,8 +151,9 @@ def test_sliding_window_of_several_tokens_on_a_cache_that_keeps_all_keys():
     assert difference(*results) < 1e-5
 
 
-def test_sliding_window_with_left_padding():
-    model = _windowed()
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_sliding_window_with_left_padding(architecture):
+    model = _windowed(architecture)
     rows = [random_ids(1, length, seed=length)[0] for length in (29, 17, 9, 1)]
     tokens, steps = _greedy(model, *padded(rows, "left"))
     for i, row in enumerate(rows):

@@ -152,10 +152,15 @@ def test_slots_see_absolute_positions():
     assert difference(moved, logits(model, row)) > 0.1
 
 
-def test_the_decoder_called_with_positional_arguments():
-    model = strong_model()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_decoder_called_with_positional_arguments(architecture):
+    model = strong_model(architecture)
+    decoder = model.base_model
     ids, mask = padded([random_ids(1, 29)[0], random_ids(1, 9)[0]], "left")
+    embeds = model.get_input_embeddings()(ids).detach()
+    places = [None, mask, None, None, None]
+    places[3 if architecture == "gpt_neox" else 4] = embeds  # before or behind past_key_values
     with torch.no_grad():
-        by_name = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        by_place = model.model(ids, mask).last_hidden_state
-    assert torch.equal(by_name, by_place)
+        by_name = decoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(decoder(ids, mask).last_hidden_state, by_name)
+        assert torch.equal(decoder(*places).last_hidden_state, by_name)

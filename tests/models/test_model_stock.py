@@ -13,12 +13,15 @@ from helpers import (
     random_ids,
     randomise,
     small_config,
+    stock_attention,
     strong_model,
     tiny_model,
 )
 from hici import attach, detach, reconfigure
 from hici.attention import get_backend
 from hici.models.attach import attention_modules, hici_config, hici_state_dict, is_attached
+
+STOCK = [(a, i) for a in ARCHITECTURES for i in ("sdpa", "eager") if i in ("eager", stock_attention(a))]
 
 
 def _stock(architecture, **options):
@@ -53,8 +56,7 @@ def test_one_segment_in_past_is_the_stock_model(architecture):
     assert difference(logits(model, ids), logits(stock, ids)) > 0.1  # "full attention + HiCI" is another thing
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture, implementation", STOCK)
 def test_full_mode_is_the_stock_model_bit_for_bit(architecture, implementation):
     stock, model = _stock(architecture)
     stock.set_attn_implementation(implementation)
@@ -74,8 +76,7 @@ def test_full_mode_gives_attentions():
     assert model(random_ids(1, 9), output_attentions=True).attentions[0].shape == (1, 4, 9, 9)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture, implementation", STOCK)
 def test_detach_restores_the_stock_model(architecture, implementation):
     model = tiny_model(architecture, attn_implementation=implementation)
     ids, mask = padded([random_ids(1, 29)[0], random_ids(1, 13)[0]], "left")

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from helpers import (
+    ARCHITECTURES,
     assert_same_gradients,
     difference,
     logits,
@@ -20,7 +21,7 @@ from hici.models.loss import next_token_loss, next_token_losses, summed_loss, to
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 @pytest.mark.parametrize("way", ["all", "current", "past", "s2", "padded"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradient_checkpointing_is_exact(architecture, way, reentrant):
     model = strong_model(architecture, visibility=way if way in ("all", "current", "past") else "all").train()
     if way == "s2":
@@ -38,8 +39,9 @@ def test_gradient_checkpointing_is_exact(architecture, way, reentrant):
 
 @pytest.mark.parametrize("backend", ["sdpa"])
 @pytest.mark.parametrize("visibility", ["all", "current", "past"])
-def test_model_gradients_equal_the_reference(visibility, backend):
-    model = strong_model(visibility=visibility, backend="reference")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_model_gradients_equal_the_reference(architecture, visibility, backend):
+    model = strong_model(architecture, visibility=visibility, backend="reference")
     ids, mask = padded([random_ids(1, 29)[0], random_ids(1, 13)[0]], "left")
     labels = ids.masked_fill(mask == 0, -100)
     expected_loss, expected = loss_and_gradients(model, ids, mask, labels)
@@ -119,7 +121,7 @@ def test_bf16_autocast_is_close(case):
 @pytest.mark.parametrize(
     "use_cache, dtype", [(False, torch.bfloat16), (True, torch.float32)], ids=["no-cache", "cache"]
 )
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_autocast_reaches_the_backend_in_one_dtype(architecture, use_cache, dtype):
     """RoPE leaves queries and keys in float32 under autocast; the bridge casts. (DynamicCache promotes the values.)"""
     model = strong_model(architecture)
@@ -145,9 +147,10 @@ def test_bf16_model_is_close():
     assert (out - expected).std() / expected.std() < 0.05
 
 
-def test_chunked_loss_equals_the_stock_loss(monkeypatch):
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma2", "gemma3"])
+def test_chunked_loss_equals_the_stock_loss(architecture, monkeypatch):
     monkeypatch.setattr("hici.models.loss._CHUNK_ELEMENTS", 97 * 5)  # 5 tokens at a time
-    model = strong_model(visibility="past").train()
+    model = strong_model(architecture, visibility="past").train()  # gemma2 caps its logits
     ids = random_ids(2, 29)
     expected_loss, expected = loss_and_gradients(model, ids)
     model.zero_grad(set_to_none=True)
@@ -184,16 +187,20 @@ def test_token_losses_ignore_and_bias():
 
 
 @pytest.mark.parametrize("targets", [[1, -100, 3, 10, 0, -100, 5], [1, 2, 3, 10, 0, 4, 5], [-100] * 7])
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("bias", [True, False])
-def test_summed_loss_has_the_gradients_of_cross_entropy(targets, bias, monkeypatch):
+def test_summed_loss_has_the_gradients_of_cross_entropy(targets, bias, cap, monkeypatch):
     monkeypatch.setattr("hici.models.loss._CHUNK_ELEMENTS", 11 * 3)  # 3 tokens at a time
     generator = torch.Generator().manual_seed(0)
     inputs = [3 * torch.randn(shape, generator=generator) for shape in ((7, 4), (11, 4), (11,))[: 2 + bias]]
     inputs = [x.requires_grad_() for x in inputs]
     hidden, weight, *rest = inputs
     targets = torch.tensor(targets)
-    expected = functional.cross_entropy(functional.linear(hidden, weight, *rest), targets, reduction="sum")
-    loss = summed_loss(hidden, weight, targets, *rest)
+    right_logits = functional.linear(hidden, weight, *rest)
+    if cap is not None:
+        right_logits = cap * torch.tanh(right_logits / cap)
+    expected = functional.cross_entropy(right_logits, targets, reduction="sum")
+    loss = summed_loss(hidden, weight, targets, *rest, cap=cap)
     assert loss.dtype == torch.float32
     assert difference(loss, expected) < 1e-5
     gradients = torch.autograd.grad(2.5 * loss, inputs)

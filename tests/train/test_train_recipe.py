@@ -24,7 +24,7 @@ def test_defaults_are_the_published_ones():
     recipe = recipe_from_dict(MINIMAL)
     assert (recipe.learning_rate, recipe.hici_learning_rate, recipe.hici_max_grad_norm) == (2e-5, 2e-4, 0.3)
     assert (recipe.warmup_steps, recipe.max_steps, recipe.lora_r, recipe.lora_alpha) == (20, 1000, 8, 16)
-    assert recipe.rope == "linear"
+    assert recipe.rope == "auto"
 
 
 def test_overrides(recipe_file):

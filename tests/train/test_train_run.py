@@ -61,6 +61,21 @@ def _tokenizer_and_size(values):
     return tokenizer, model.config.vocab_size
 
 
+@pytest.mark.parametrize("architecture", ["gpt_neox", "phi3", "gemma2"])
+def test_another_architecture_trains(architecture, values, tokenizer, tmp_path):
+    base = tmp_path / "base"
+    tied = architecture == "gemma2"
+    tiny_model(architecture, tie_word_embeddings=tied, max_position_embeddings=32, vocab_size=len(tokenizer)
+               ).save_pretrained(base)  # fmt: skip
+    tokenizer.save_pretrained(base)
+    result = train(recipe_from_dict({**values, "model": str(base), "dtype": "bfloat16"}), progress=False)
+    before, after = result["heldout_loss"]["before"], result["heldout_loss"]["after"]
+    assert after["hici"] < before["hici"] - 0.3
+    assert after["full"] < before["full"] - 0.3
+    model = hici.from_pretrained(tmp_path / "run" / "adapter", attention="hici", dtype=torch.float32)
+    assert model.config.max_position_embeddings == 64
+
+
 def test_the_same_seed_gives_the_same_run(values):
     first = train(recipe_from_dict(values), progress=False)
     again = train(recipe_from_dict({**values, "overwrite": True}), progress=False)

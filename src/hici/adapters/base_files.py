@@ -111,7 +111,7 @@ def _weight_map(directory: Path) -> dict[str, Path]:
             missing = sorted({file.name for file in files.values() if not file.is_file()})
             if missing:
                 raise ValueError(
-                    f"{directory} lacks {', '.join(missing[:4])}, which {index.name} names; copy the files again"
+                    f"{directory} lacks {', '.join(missing[:4])}, which {index.name} names; copy them again"
                 )
             return files
         if single.is_file():

@@ -18,7 +18,7 @@ def add_lora(
     embeddings: bool = True,
     norms: bool = True,
 ) -> Any:
-    """Wrap an attached model in PEFT: LoRA on q/k/v/o of the attention (never inside the HiCI modules).
+    """Wrap an attached model in PEFT: LoRA on the projections of the attention (never inside the HiCI modules).
 
     Embeddings and norms train as PEFT's `modules_to_save`; tied embeddings stay tied. HiCI modules train as plain
     modules: PEFT neither wraps nor copies them. All other weights are frozen. New parameters have the base's dtype.

@@ -10,8 +10,10 @@ AutoModel build them.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,9 @@ from hici.models.modes import ATTENTIONS
 from hici.models.vocabulary import grown_rows
 from hici.provenance import provenance
 from hici.registry import suggest
+from hici.rope import config_rope_parameters
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("plain", "hici")
 MERGE_FILE = "hici_merge.json"  # how it was made; only a directory that holds it is ever replaced
@@ -185,12 +190,16 @@ def _write_config(
     directory: Path, plan: Plan, base_config: Any, parent: str, dtype: torch.dtype, attention: str | None
 ) -> None:
     """config.json; `attention`: the mode of a model that keeps its modules, None for a plain one."""
-    values = base_config.to_diff_dict()
+    config = copy.deepcopy(base_config)
+    config_rope_parameters(config, plan.rope_parameters, plan.positions)
+    config.vocab_size = plan.vocab_size
+    values = config.to_diff_dict()
     for key in ("_name_or_path", "hici", "auto_map", "quantization_config"):
         values.pop(key, None)
     short = str(dtype).removeprefix("torch.")
     values |= {
         "architectures": [parent],
+        # even where they are the class's defaults: other readers have others
         "rope_parameters": plan.rope_parameters,
         "max_position_embeddings": plan.positions,
         "vocab_size": plan.vocab_size,
@@ -231,9 +240,7 @@ def _write_tokenizer(directory: Path, sources: list[Path], context_length: int) 
 
 
 def _tell_no_tokenizer(directory: Path, sources: list[Path]) -> None:
-    import logging
-
-    logging.getLogger(__name__).warning(
+    logger.warning(
         "neither %s has a tokenizer, so the merged directory has none: put its files there before generating text",
         " nor ".join(str(source) for source in sources),
     )

@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hici.adapters.contents import Contents, config_of, is_lora_name
@@ -141,7 +142,8 @@ def _dry_run(plan: Plan, meta: Any) -> Plan:
         attach(meta, plan.hici)
     shapes = {name: list(tensor.shape) for name, tensor in _own_tensors(meta).items()}
     expected = dict(hici_state_dict(meta)) if plan.hici is not None else {}
-    wrapped = wrap_in_peft(meta, plan)
+    with torch.device("meta"):  # PEFT makes the copy of a tied head anew
+        wrapped = wrap_in_peft(meta, plan)
     expected |= peft_tensors(wrapped)
     check_tensors({name: list(tensor.shape) for name, tensor in expected.items()}, plan.contents)
     scaling = {}

@@ -9,6 +9,7 @@ from typing import Any
 from hici.config import HiCIConfig
 from hici.files import read_json
 from hici.registry import suggest
+from hici.rope import check_rope_parameters
 
 FORMAT_VERSION = 2
 RECORD_FILE = "hici_config.json"
@@ -113,11 +114,10 @@ def _is_of(kind: str, value: Any) -> bool:
 
 def _check_parts(record: Record, file: Path) -> None:
     """The dicts inside the record are whole: a default in place of a lost value would load as another model."""
-    for part, needed, values in (
-        ("hici", [field.name for field in dataclasses.fields(HiCIConfig)], record.hici),
-        ("rope_parameters", ["rope_type", "rope_theta"], record.rope_parameters),
+    for part, missing in (
+        ("hici", [field.name for field in dataclasses.fields(HiCIConfig) if field.name not in record.hici]),
+        ("rope_parameters", check_rope_parameters(record.rope_parameters)),
     ):
-        missing = [key for key in needed if key not in values]
         if missing:
             raise ValueError(f"{file}: {part} lacks {', '.join(missing)}; copy the file again")
     HiCIConfig.from_dict(record.hici)

@@ -104,31 +104,40 @@ def _verify_adapter(
 def _verify_model(path: Path, name: str) -> Report:
     """A model directory of transformers, with or without HiCI modules."""
     kind = "merged" if is_merged_directory(path) else "plain"
-    checks = []
     try:
         model_config = load_config(str(path))
-        if kind == "merged":
-            with torch.device("meta"):
-                meta: Any = merged_class(model_config)(model_config)
-        else:
-            meta = meta_model(model_config)
+        meta = _merged_on_meta(model_config) if kind == "merged" else meta_model(model_config)
         files = BaseFiles(path, meta)
     except ValueError as error:
         return Report(name, kind, [Check("files", PROBLEM, str(error))])
-    expected = {n: p for n, p in meta.named_parameters()}
+    rope = f"{model_config.rope_parameters}, {model_config.max_position_embeddings:,} positions"
+    without = "give one before generating text"
+    return Report(name, kind, [
+        _try("complete", lambda: _all_there(meta, files)),
+        _try("values", lambda: _all_finite(files)),
+        Check("rope", OK, rope),
+        _try("tokenizer", lambda: _tokenizer(path, model_config.vocab_size, without)),
+    ])  # fmt: skip
+
+
+def _merged_on_meta(model_config: Any) -> Any:
+    with torch.device("meta"):
+        return merged_class(model_config)(model_config)
+
+
+def _all_there(meta: Any, files: BaseFiles) -> tuple[str, str]:
+    expected = dict(meta.named_parameters())
     wrong = [n for n, p in expected.items() if n not in files or files.get(n).shape != p.shape]
-    checks.append(Check("complete", PROBLEM, f"{len(wrong)} weights missing or of another shape: {', '.join(wrong[:4])}")
-                  if wrong else Check("complete", OK, f"{len(expected)} weights of a {type(meta).__name__}"))  # fmt: skip
-    bad = [n for n in files.file_names if bad_values({n: files.get(n)})]
-    checks.append(Check("values", PROBLEM, f"NaN or infinity in {len(bad)} tensors: {', '.join(bad[:4])}") if bad else
-                  Check("values", OK, "no NaN, no infinity"))  # fmt: skip
-    checks.append(
-        Check("rope", OK, f"{model_config.rope_parameters}, {model_config.max_position_embeddings:,} positions")
-    )
-    checks.append(
-        _try("tokenizer", lambda: _tokenizer(path, model_config.vocab_size, "give one before generating text"))
-    )
-    return Report(name, kind, checks)
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights missing or of another shape: {', '.join(wrong[:4])}")
+    return OK, f"{len(expected)} weights of a {type(meta).__name__}"
+
+
+def _all_finite(files: BaseFiles) -> tuple[str, str]:
+    bad = [name for name in files.file_names if bad_values({name: files.get(name)})]
+    if bad:
+        raise ValueError(f"NaN or infinity in {len(bad)} tensors: {', '.join(bad[:4])}")
+    return OK, "no NaN, no infinity"
 
 
 def _try(name: str, check: Any) -> Check:

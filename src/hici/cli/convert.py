@@ -33,7 +33,14 @@ def run(args: argparse.Namespace) -> int:
     from hici.adapters.convert import convert
 
     expand_home(args, "source", "target", "base_model")
-    written = convert(args.source, args.target, args.to, base_model=args.base_model,
-                      context_length=args.context_length, config=num_heads_config(args), overwrite=args.overwrite)  # fmt: skip
+    written = convert(
+        args.source,
+        args.target,
+        args.to,
+        base_model=args.base_model,
+        context_length=args.context_length,
+        config=num_heads_config(args),
+        overwrite=args.overwrite,
+    )
     print(f"{written}: {args.source} in the layout {args.to!r}, read back and compared bit for bit")
     return 0

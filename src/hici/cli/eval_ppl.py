@@ -19,7 +19,7 @@ _EXAMPLES = f"""\
 examples:
   hici eval ppl runs/adapter --data books/*.txt --context 2048 4096 8192 --attention full hici --out runs/ppl
   hici eval ppl owner/model --data test.jsonl --context 4096 --max-windows 20
-  hici eval ppl owner/model --data test.bin --context 16384 --rope linear
+  hici eval ppl owner/model --data test.bin --context 16384 --rope auto
   hici eval ppl owner/model --data a.txt --context 8192 --attention full hici hici_s2 --no-slots --segment-size 2048
 
 {LOADING_NOTES}
@@ -39,8 +39,9 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--stride", type=positive, metavar="N", help="distance of windows (default: the window)")
     group.add_argument("--max-windows", type=positive, metavar="N", help="that many, evenly spaced (default all)")
     group.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full"], help="default full")
-    group.add_argument("--rope", choices=("none", "linear", "yarn"), default="none", help="extend the rope so to the "
-                       "longest context, once, for all contexts of the run")  # fmt: skip
+    group.add_argument("--rope", choices=("none", "auto", "linear", "yarn"), default="none", help="extend the rope so "
+                       "to the longest context, once, for all contexts of the run; auto: linear, or the kind by which "
+                       "the model is scaled already")  # fmt: skip
     group.add_argument("--allow-beyond-rope", action="store_true", help="permit contexts beyond the rope settings")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="DIR|FILE.json", help="JSON, and a plot (.png) beside it; DIR: ppl.json")
@@ -100,14 +101,15 @@ def _read_data(args: argparse.Namespace, loaded: Loaded) -> tuple[Any, dict[str,
 
 def _extend_rope(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     from hici.models.attach import get_causal_lm
-    from hici.rope import extend_rope
+    from hici.rope import extend_rope, far_rope
 
     config = get_causal_lm(loaded.model).config
     before, longest = config.max_position_embeddings, max(args.context)
-    if args.rope != "none" and longest > before:
+    extended = args.rope != "none" and longest > before
+    if extended:
         extend_rope(loaded.model, longest, method=args.rope)
     return {
-        "extended": args.rope if args.rope != "none" and longest > before else False,
+        "extended": far_rope(config.rope_parameters)["rope_type"] if extended else False,
         "positions_before": before,
         "positions": config.max_position_embeddings,
         "rope_parameters": dict(config.rope_parameters),
@@ -214,8 +216,9 @@ def _print(args: argparse.Namespace, record: dict[str, Any], results: list[Any])
                      f"{r.tokens_per_second:,.0f}"])  # fmt: skip
     if any(r.leaks_future for r in results):
         notes.append("(sees the future): a token sees a summary of its own future; no perplexity of a language model.")
-    if record["protocol"]["rope"]["extended"]:
-        notes.append(f"Rope extended ({args.rope}) to {max(args.context):,} positions for every context above.")
+    kind = record["protocol"]["rope"]["extended"]
+    if kind:
+        notes.append(f"Rope extended ({kind}) to {max(args.context):,} positions for every context above.")
     unused = ", ".join(f"{r.windows.unused_tokens:,} at {r.windows.context:,}" for r in _one_a_context(results))
     notes.append(f"Tokens behind the last whole window, not used: {unused}.")
     columns = ["attention", "visibility", "context", "segments", "windows", "loss", "± s.e.", "ppl", "95 %", "tokens/s"]

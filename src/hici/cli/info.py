@@ -213,6 +213,8 @@ def _print(name: str, facts: dict[str, Any]) -> None:
             ["HiCI share of the model with them", f"{facts['hici_percent']:.2f} %"],
             ["rope", facts["rope"]],
         ]
+    if facts.get("sliding_window"):
+        rows.append(["sliding window", f"{facts['sliding_window']:,} tokens; segments must not be longer"])
     visibility = facts["visibility"]
     rows += [
         ["segments", f"{facts['context']:,} tokens: {describe_plan(facts['segments'])}"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Attached:
-    """What detach and save need of the model as it was: kept on the decoder, survives deepcopy and torch.save."""
+    """What detach and save need of the model as it was: kept on the decoder, survives deepcopy and torch.save.
+
+    `arguments`: names of the decoder's arguments in their order, for callers that give them by place.
+    """
 
     stock_attention: str
     base_fingerprint: str
     base_checksums: dict[str, Checksum]
+    arguments: tuple[str, ...]
     told_raw_decode: bool = False  # the decoder's hook says once that decoding has no slots
 
 
@@ -38,18 +43,21 @@ def attach(model: Any, config: HiCIConfig | None = None) -> Any:
     untouched. Choose the mode with `model.set_attn_implementation("hici" | "sdpa" | "hici_s2" | ...)`.
 
     Args:
-        model: a causal LM of transformers (llama, mistral, qwen2, qwen3), not yet wrapped by PEFT.
+        model: a causal LM of transformers of a type with a file in `hici.models.architectures`, not yet wrapped by
+            PEFT.
         config: what to attach. None: the one in `model.config.hici` if there is one, else the defaults.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: already attached; a PEFT model; a model type without an architecture file; a config that does not
-            fit the model or names an unknown backend.
+        ValueError: already attached; a PEFT model; a model type without an architecture file, or a model of it that
+            HiCI attention cannot follow (soft-capped scores); a config that does not fit the model or names an unknown
+            backend. Nothing has changed then.
     """
     _refuse_peft(model)
     architecture = get_architecture(model.config.model_type)
+    architecture.check(model.config)
     if config is None:
         config = saved_config(model.config) or HiCIConfig()
     backend = get_backend(config.backend)
@@ -62,8 +70,13 @@ def attach(model: Any, config: HiCIConfig | None = None) -> Any:
     config.check_width(model.config.hidden_size)
     _refuse_offloaded(architecture.attention_modules(decoder))
     stock = model.config._attn_implementation
-    # loaded with attn_implementation="hici": then "full" is what transformers would have chosen
-    attached = Attached("sdpa" if stock in MODES else stock, *_what_the_base_is(model))
+    fingerprint, checksums = _what_the_base_is(model)
+    attached = Attached(
+        stock_attention=_default_attention(model) if stock in MODES else stock,
+        base_fingerprint=fingerprint,
+        base_checksums=checksums,
+        arguments=tuple(inspect.signature(decoder.forward).parameters),
+    )
     seed_rows_KD = _largest_embeddings(model, config.num_global_slots)
     attentions = architecture.attention_modules(decoder)
     # all modules are made before the first is put on: an error (of memory, say) leaves the model as it was
@@ -76,6 +89,11 @@ def attach(model: Any, config: HiCIConfig | None = None) -> Any:
     model.set_attn_implementation(HICI)
     write_config(model)
     return model
+
+
+def _default_attention(model: Any) -> str:
+    """What transformers would have chosen for a model that was loaded with attn_implementation="hici"."""
+    return "sdpa" if model._supports_sdpa else "eager"  # Gemma 2 does not
 
 
 def detach(model: Any) -> Any:

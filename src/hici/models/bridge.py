@@ -31,8 +31,6 @@ HICI = "hici"
 S2 = "hici_s2"
 MODES = (HICI, S2)  # transformers looks for "sdpa", "flash" and "flex_attention" in such names: none may be in them
 
-_DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-
 
 class Prefix(NamedTuple):
     """What the attention pre-hook hands to the attention function.
@@ -60,12 +58,11 @@ def attention_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     config: HiCIConfig = module.hici_config
     hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(module.hici_architecture.cache_argument)
     if cache is not None and cache.get_seq_length(module.layer_idx) > 0:
         return args, {**kwargs, "hici": Prefix(segment_size=0, raw=True)}
     length = hidden_BTD.shape[1]
     segment_size = config.resolve_segment_size(length)
-    _check_window(module, min(segment_size, length))
     if mode == HICI:
         # one short segment needs no filling up to S (in S2 the half group counts: S must stay)
         segment_size = min(segment_size, length)
@@ -129,6 +126,7 @@ def hici_attention(
     mode = module.config._attn_implementation
     _refuse(mode, hici, kwargs)
     assert hici is not None  # _refuse
+    assert hici.raw or key_BJXE.shape[2] == query_BHTE.shape[2]  # else the pre-hook has overlooked a filled cache
     # under autocast RoPE leaves queries and keys in float32 and values in bfloat16: the one place that casts
     dtype = value_BJXE.dtype
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query_BHTE, key_BJXE, value_BJXE))
@@ -136,6 +134,7 @@ def hici_attention(
     if hici.raw:
         out = raw.attend(q, k, v, _optional_mask(attention_mask), scale=scale, window=sliding_window, dropout=dropout)
         return out, None
+    _check_window(sliding_window, min(hici.segment_size, q.shape[1]))
     if hici.order is not None:
         q, k, v = (take_tokens(x, hici.order) for x in (q, k, v))
     if mode == S2:
@@ -177,7 +176,8 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     """
     if module.config._attn_implementation not in MODES:
         return None
-    kwargs = {**dict(zip(_DECODER_ARGUMENTS, args, strict=False)), **kwargs}
+    if args:  # their order is another one in other architectures
+        kwargs = {**dict(zip(module.hici_attached.arguments, args, strict=False)), **kwargs}
     mode = module.config._attn_implementation
     if kwargs.get("output_attentions") or module.config.output_attentions:
         raise ValueError(
@@ -227,6 +227,11 @@ def _refuse(mode: str, prefix: Prefix | None, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"a paged cache (continuous batching) in attention mode {mode!r}, which keeps no pages; use "
             "model.generate, or model.set_attn_implementation('sdpa')"
+        )
+    if kwargs.get("softcap") is not None:
+        raise ValueError(
+            f"the model caps its attention scores at {kwargs['softcap']}, which attention mode {mode!r} cannot "
+            "compute; use a model without soft-capping, or model.set_attn_implementation('eager')"
         )
     if kwargs.get("is_causal") is not None:
         raise ValueError(
@@ -296,11 +301,8 @@ def _optional_mask(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else _check_mask(mask)
 
 
-def _check_window(module: Any, segment_size: int) -> None:
-    """Inside a segment no shorter than the model's sliding window changes nothing; a longer one would be wrong."""
-    window = getattr(module, "sliding_window", None)
-    if window is None and module.config.model_type == "mistral":
-        window = getattr(module.config, "sliding_window", None)
+def _check_window(window: int | None, segment_size: int) -> None:
+    """Inside a segment no shorter than the layer's sliding window changes nothing; a longer one would be wrong."""
     if window is not None and segment_size > window:
         raise ValueError(
             f"segments of {segment_size} tokens are longer than the model's sliding window of {window}, which HiCI "

@@ -26,44 +26,65 @@ _CHUNK_ELEMENTS = 2**25  # logits held at a time: 128 MiB in float32
 
 
 @torch.no_grad()
-def token_losses(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """Cross entropy of each token, [T] in float32 nats, 0 where the target is -100. Without gradient."""
+def token_losses(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None = None, cap: float | None = None
+) -> Tensor:
+    """Cross entropy of each token, [T] in float32 nats, 0 where the target is -100. Without gradient.
+
+    `cap` c: the logits are c tanh(x / c) of the head's x (Gemma 2).
+    """
     weight_VD = weight_VD.to(_head_dtype(weight_VD))
     losses = [
-        F.cross_entropy(_logits(hidden_CD, weight_VD, bias_V), targets_C, ignore_index=IGNORE, reduction="none")
+        F.cross_entropy(_logits(hidden_CD, weight_VD, bias_V, cap), targets_C, ignore_index=IGNORE, reduction="none")
         for hidden_CD, targets_C in _chunks(hidden_TD, targets_T, weight_VD)
     ]
     return torch.cat(losses)
 
 
-def summed_loss(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None = None) -> Tensor:
+def summed_loss(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None = None, cap: float | None = None
+) -> Tensor:
     """Sum of the cross entropies of all tokens whose target is not -100: a float32 scalar, in nats.
 
-    Differentiable once in hidden states, weight and bias. The weight's gradient is summed over the chunks in float32,
-    and lives from the forward to the backward pass.
+    `cap` as in `token_losses`. Differentiable once in hidden states, weight and bias. The weight's gradient is summed
+    over the chunks in float32, and lives from the forward to the backward pass.
     """
     inputs = (hidden_TD, weight_VD, bias_V)
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
-        return token_losses(hidden_TD, weight_VD, targets_T, bias_V).sum()
+        return token_losses(hidden_TD, weight_VD, targets_T, bias_V, cap).sum()
     counted_T = targets_T != IGNORE
     if not counted_T.all():  # the others need no logits
         hidden_TD, targets_T = hidden_TD[counted_T], targets_T[counted_T]
-    return _SummedLoss.apply(hidden_TD, weight_VD, targets_T, bias_V)
+    return _SummedLoss.apply(hidden_TD, weight_VD, targets_T, bias_V, cap)
 
 
 class _SummedLoss(torch.autograd.Function):
-    """loss = sum_t -log softmax(h_t W' + b)[y_t], so with G = softmax(h W' + b) - onehot(y): dh = G W, dW = G' h."""
+    """loss = sum_t -log softmax(z_t)[y_t], z = h W' + b, so with G = softmax(z) - onehot(y): dh = G W, dW = G' h.
+
+    Capped logits z = c tanh(x / c) of x = h W' + b: G times dz/dx = 1 - (z / c)^2.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None) -> Tensor:
-        hidden_grad, weight_grad, _, bias_grad = ctx.needs_input_grad
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        bias_V: Tensor | None,
+        cap: float | None,
+    ) -> Tensor:
+        hidden_grad, weight_grad, _, bias_grad, _ = ctx.needs_input_grad
         lower_VD = weight_VD.to(_head_dtype(weight_VD))
         d_hidden_TD = torch.empty_like(hidden_TD) if hidden_grad else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_grad else None
         d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_grad and bias_V is not None else None
         loss, start = torch.zeros((), device=hidden_TD.device), 0
         for hidden_CD, targets_C in _chunks(hidden_TD, targets_T, lower_VD):
-            grad_CV, chunk_loss = _loss_and_gradient(_logits(hidden_CD, lower_VD, bias_V), targets_C)
+            logits_CV = _logits(hidden_CD, lower_VD, bias_V, cap)
+            slope_CV = None if cap is None else 1 - (logits_CV / cap) ** 2
+            grad_CV, chunk_loss = _loss_and_gradient(logits_CV, targets_C)
+            if slope_CV is not None:
+                grad_CV.mul_(slope_CV)
             loss += chunk_loss
             lower_CV = grad_CV.to(lower_VD.dtype)
             if d_hidden_TD is not None:
@@ -88,7 +109,7 @@ class _SummedLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         )
         ctx.gradients = None
-        return d_hidden, d_weight, None, d_bias
+        return d_hidden, d_weight, None, d_bias, None
 
 
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,10 +131,13 @@ def _chunks(hidden_TD: Tensor, targets_T: Tensor, weight_VD: Tensor) -> Iterator
         yield hidden_CD.to(weight_VD.dtype), targets_C
 
 
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """[C, V] in float32; bias added in the weight's dtype, as nn.Linear does."""
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, cap: float | None) -> Tensor:
+    """[C, V] in float32; bias added, and capped, in the weight's dtype, as the model does."""
     bias_V = None if bias_V is None else bias_V.to(weight_VD.dtype)
-    return F.linear(hidden_CD, weight_VD, bias_V).float()
+    logits_CV = F.linear(hidden_CD, weight_VD, bias_V)
+    if cap is not None:
+        logits_CV = torch.tanh(logits_CV / cap) * cap
+    return logits_CV.float()
 
 
 def _head_dtype(weight_VD: Tensor) -> torch.dtype:
@@ -129,11 +153,13 @@ def next_token_losses(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     query is padding, count 0.
 
     Raises:
-        ValueError: a model whose head may do more than a matrix product (scale, cap, LoRA), which would be left out.
+        ValueError: a model whose head may do more than a matrix product and its architecture's cap (scale, LoRA), which
+            would be left out.
     """
     with torch.no_grad():
         head, hidden_TD, targets = _predictions(model, input_ids, input_ids, inputs)
-        return token_losses(hidden_TD, head.weight, targets.flatten(), head.bias).view(targets.shape)
+        losses_T = token_losses(hidden_TD, head.weight, targets.flatten(), head.bias, _logit_cap(model))
+        return losses_T.view(targets.shape)
 
 
 def next_token_loss(
@@ -145,7 +171,8 @@ def next_token_loss(
     `next_token_losses`.
     """
     head, hidden_TD, targets = _predictions(model, input_ids, input_ids if labels is None else labels, inputs)
-    return summed_loss(hidden_TD, head.weight, targets.flatten(), head.bias), (targets != IGNORE).sum()
+    loss = summed_loss(hidden_TD, head.weight, targets.flatten(), head.bias, _logit_cap(model))
+    return loss, (targets != IGNORE).sum()
 
 
 def _predictions(model: Any, input_ids: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
@@ -161,10 +188,15 @@ def _predictions(model: Any, input_ids: Tensor, labels: Tensor, inputs: dict[str
     return head, hidden_BTD[:, :-1].flatten(0, 1), targets
 
 
+def _logit_cap(model: Any) -> float | None:
+    config = get_causal_lm(model).config
+    return get_architecture(config.model_type).logit_cap(config)
+
+
 def _linear_head(model: Any) -> Any:
     """The output layer, known to be a matrix product and nothing else."""
     lm = get_causal_lm(model)
-    get_architecture(lm.config.model_type)  # its heads are plain; other types may scale or cap their logits
+    get_architecture(lm.config.model_type)  # its heads are plain up to `logit_cap`; other types may scale their logits
     head = lm.get_output_embeddings()
     inner = getattr(head, "modules_to_save", {"default": head})  # PEFT's trained copy of a tied head
     if not all(type(layer) is nn.Linear for layer in inner.values()):

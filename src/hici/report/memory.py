@@ -11,7 +11,8 @@ dimension, V vocabulary, h and M heads and slots of local construction, b bytes 
                                                        trained embeddings and norms make the residual stream so
       one layer   B T (2 (4 + 2b) D                    two norms: float32 input, normalised, output
                        + 5 b H E                       q, k, v, output, and the input of o_proj
-                       + 6 b I                         gate, up, act, product, and the gradients of two
+                       + 6 b I                         gate, up, act, product, and the gradients of two; 3 b I where
+                                                       the MLP has no gate
                        + (4 + b) h M)                  weights of local construction
       loss        n (b + 4) + 4 B T D                  n = min(B T V, 2^25) logits of a chunk or their gradient, in b
                                                        bytes and float32; the gradient of the last hidden states
@@ -19,8 +20,9 @@ dimension, V vocabulary, h and M heads and slots of local construction, b bytes 
                                                        float32; their sum, beside the gradient of earlier batches
     generation  = weights + KV cache + one layer's prefill
       weights     b x the model's parameters (adapters merged or not makes little difference)
-      KV cache    2 B T L J E b                        attention full, or hici with raw keys
-      prefill     B T (4 D + b (2 D + max(6 H E, 3 I)))
+      KV cache    2 B T L J E b                        attention full, or hici with raw keys; in a layer with a
+                                                       sliding window at most its tokens
+      prefill     B T (4 D + b (2 D + max(6 H E, 3 I)))   2 I without a gate
 
 Not in it: what the allocator and the libraries keep for themselves, the data, other processes. An estimate: the
 layer's term is tested against the tensors that autograd really saves.
@@ -44,6 +46,8 @@ class Shape:
         held_in_training: those that are in memory when it is trained (adapters and trained copies too).
         trained: those that get gradients.
         head_trains: the output layer is among them (tied to trained embeddings).
+        gated_mlp: the MLP has a gate beside its first projection.
+        window, window_layers: tokens of the sliding window, and how many layers have it.
     """
 
     layers: int
@@ -58,13 +62,16 @@ class Shape:
     held_in_training: int
     trained: int
     head_trains: bool
+    gated_mlp: bool = True
+    window: int = 0
+    window_layers: int = 0
 
 
 def layer_bytes_per_token(shape: Shape, number_bytes: int) -> int:
     """What one layer keeps for its backward pass, in bytes a token (the gradients of two MLP tensors left out)."""
     norms = 2 * (4 + 2 * number_bytes) * shape.width
     attention = 5 * number_bytes * shape.heads * shape.head_dim
-    mlp = 4 * number_bytes * shape.mlp_width
+    mlp = (4 if shape.gated_mlp else 2) * number_bytes * shape.mlp_width
     return norms + attention + mlp + (4 + number_bytes) * shape.local_scores
 
 
@@ -72,13 +79,14 @@ def training_memory(shape: Shape, tokens: int, *, batch: int = 1, number_bytes: 
     """Bytes by part, with checkpointing of every layer, attention hici."""
     rows = batch * tokens
     chunk = min(rows * shape.vocabulary, LOSS_CHUNK)
+    mlp_gradients = (2 if shape.gated_mlp else 1) * number_bytes * shape.mlp_width
     head = (8 + 2 * number_bytes) * shape.vocabulary * shape.width if shape.head_trains else 0
     return {
         "weights": number_bytes * (shape.held_in_training - shape.trained) + TRAINED_BYTES * shape.trained,
         "gradients": TRAINED_BYTES * shape.trained,
         "optimizer": 8 * shape.trained,
         "checkpoints": rows * shape.layers * shape.width * TRAINED_BYTES,
-        "one layer": rows * (layer_bytes_per_token(shape, number_bytes) + 2 * number_bytes * shape.mlp_width),
+        "one layer": rows * (layer_bytes_per_token(shape, number_bytes) + mlp_gradients),
         "loss": chunk * (number_bytes + 4) + 4 * rows * shape.width + head,
     }
 
@@ -86,9 +94,10 @@ def training_memory(shape: Shape, tokens: int, *, batch: int = 1, number_bytes: 
 def generation_memory(shape: Shape, tokens: int, *, batch: int = 1, number_bytes: int = 2) -> dict[str, int]:
     """Bytes by part at the end of `tokens` tokens, with the keys and values of all of them."""
     rows = batch * tokens
-    widest = max(6 * shape.heads * shape.head_dim, 3 * shape.mlp_width)
+    widest = max(6 * shape.heads * shape.head_dim, (3 if shape.gated_mlp else 2) * shape.mlp_width)
+    cached = (shape.layers - shape.window_layers) * tokens + shape.window_layers * min(tokens, shape.window)
     return {
         "weights": number_bytes * shape.parameters,
-        "KV cache": 2 * rows * shape.layers * shape.kv_heads * shape.head_dim * number_bytes,
+        "KV cache": 2 * batch * cached * shape.kv_heads * shape.head_dim * number_bytes,
         "one layer": rows * (4 * shape.width + number_bytes * (2 * shape.width + widest)),
     }

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from hici.adapters.lora import add_lora
 from hici.config import HiCIConfig
 from hici.core.segments import count_segments
+from hici.models.architectures import get_architecture
 from hici.models.attach import attach, hici_state_dict
 from hici.models.load import meta_model
 from hici.report.memory import BYTES, Shape, generation_memory, training_memory
-from hici.rope import extended_rope
+from hici.rope import extended_rope, far_rope
 
 VISIBILITY = {
     "all": "tokens of segment i see G over every segment and L_i; not causal",
@@ -28,6 +31,7 @@ class Summary:
         segments: sizes of the segments of `context` tokens, run-length coded: [[count, size], ...].
         modules: parameters of one layer's HiCI modules, by their first two names.
         rope: how the context fits the model's positions.
+        sliding_window: tokens; segments must not be longer. None: no layer has one.
     """
 
     model_type: str
@@ -45,6 +49,7 @@ class Summary:
     hici: dict[str, Any]
     max_position_embeddings: int
     rope: str
+    sliding_window: int | None
     dtype: str
     batch: int
     training: dict[str, int]
@@ -80,7 +85,8 @@ def summarise(
     hici = {name: tensor.numel() for name, tensor in hici_state_dict(model).items()}
     total = sum(parameter.numel() for parameter in model.parameters())
     layers, count = model_config.num_hidden_layers, sum(hici.values())
-    wrapped = add_lora(model, r=lora_rank)
+    with torch.device("meta"):  # PEFT makes the copy of a tied head anew: 1.2 GB of real numbers for Gemma 3 1B
+        wrapped = add_lora(model, r=lora_rank)
     parameters = list(wrapped.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     shape = _shape(model_config, config, total, held=sum(p.numel() for p in parameters), trained=trained)
@@ -93,13 +99,14 @@ def summarise(
         hici_parameters_per_layer=count // layers,
         hici_percent=100 * count / total,
         trained_parameters=trained,
-        modules=_first_layer(hici),
+        modules=_first_layer(hici, get_architecture(model_config.model_type).attention),
         context=context,
         segments=segment_plan(context, config),
         visibility=config.visibility if config.use_global or config.use_local else None,
         hici=config.to_dict(),
         max_position_embeddings=model_config.max_position_embeddings,
         rope=_rope(model_config, context),
+        sliding_window=shape.window if shape.window_layers else None,
         dtype=dtype,
         batch=batch,
         training=training_memory(shape, context, batch=batch, number_bytes=BYTES[dtype]),
@@ -124,12 +131,14 @@ def describe_plan(plan: list[list[int]]) -> str:
 
 def _shape(model_config: Any, config: HiCIConfig, total: int, *, held: int, trained: int) -> Shape:
     heads = model_config.num_attention_heads
+    window = getattr(model_config, "sliding_window", None)
+    layer_types = getattr(model_config, "layer_types", None) or ["sliding_attention"] * model_config.num_hidden_layers
     return Shape(
         layers=model_config.num_hidden_layers,
         width=model_config.hidden_size,
         mlp_width=model_config.intermediate_size,
         heads=heads,
-        kv_heads=model_config.num_key_value_heads,
+        kv_heads=getattr(model_config, "num_key_value_heads", None) or heads,
         head_dim=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
         vocabulary=model_config.vocab_size,
         local_scores=config.num_heads * config.num_local_slots,
@@ -137,14 +146,17 @@ def _shape(model_config: Any, config: HiCIConfig, total: int, *, held: int, trai
         held_in_training=held,
         trained=trained,
         head_trains=bool(model_config.tie_word_embeddings),
+        gated_mlp=get_architecture(model_config.model_type).gated_mlp,
+        window=window or 0,
+        window_layers=layer_types.count("sliding_attention") if window else 0,
     )
 
 
-def _first_layer(hici: dict[str, int]) -> dict[str, int]:
+def _first_layer(hici: dict[str, int], attention: str) -> dict[str, int]:
     """Parameters of layer 0's modules: "local_constructor.q_proj" -> count."""
     modules: dict[str, int] = {}
     for name, count in hici.items():
-        layer, _, rest = name.partition(".self_attn.")
+        layer, _, rest = name.partition(f".{attention}.")
         if layer.endswith("layers.0"):
             key = ".".join(rest.split(".")[:2])
             modules[key] = modules.get(key, 0) + count
@@ -155,8 +167,9 @@ def _rope(model_config: Any, context: int) -> str:
     positions = model_config.max_position_embeddings
     if context <= positions:
         return f"{positions:,} positions, enough for {context:,}"
+    kind = far_rope(model_config.rope_parameters)["rope_type"]
     try:
-        factor = extended_rope(model_config, context)["factor"]
+        factor = far_rope(extended_rope(model_config, context))["factor"]
     except ValueError:
         return f"{positions:,} positions, scaled already: {context:,} needs other rope settings"
-    return f"{positions:,} positions; {context:,} needs linear scaling by {factor:g}"
+    return f"{positions:,} positions; {context:,} needs {'linear' if kind == 'default' else kind} scaling by {factor:g}"

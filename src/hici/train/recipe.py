@@ -28,7 +28,8 @@ class Recipe:
         output_dir: gets adapter/, train.json and train.png.
         context_length: tokens in a sequence; rope grows by `rope` where the base represents fewer.
         hici: fields of HiCIConfig.
-        rope: "linear", "yarn", or "none" (a longer context is then an error).
+        rope: "auto" (linear, or the kind by which the base is scaled already), "linear", "yarn", or "none" (a longer
+            context is then an error).
         text_key: the text's key in a .jsonl line.
         heldout_data: held-out files; None: about `heldout_fraction` of the data, whole documents.
         heldout_windows: held-out sequences measured, before and after, in "hici" and in "full" attention.
@@ -52,7 +53,7 @@ class Recipe:
     output_dir: str
     context_length: int
     hici: dict[str, Any] = dataclasses.field(default_factory=dict)
-    rope: str = "linear"
+    rope: str = "auto"
     text_key: str = "text"
     heldout_data: list[str] | None = None
     heldout_fraction: float = 0.02
@@ -82,7 +83,7 @@ class Recipe:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("rope", self.rope, ("linear", "yarn", "none"))
+        _check_choice("rope", self.rope, ("auto", "linear", "yarn", "none"))
         _check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         _check_choice("schedule", self.schedule, tuple(SCHEDULES))
         _check_choice("device", self.device, ("auto", "cpu"))

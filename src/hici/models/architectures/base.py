@@ -28,7 +28,10 @@ class Architecture:
         norms: what `modules_to_save` names so that all norms train (suffixes; "model.norm" whole, since "norm" alone
             is a suffix of every other norm).
         embeddings: the input embedding's name, likewise.
+        attention: the attention module's name on a layer.
+        cache_argument: the name under which the attention module gets the cache.
         whole_rope_factor: rope factors are rounded up to a whole number, as in the published code of the family.
+        gated_mlp: the MLP has a gate beside its first projection (for the memory estimate).
     """
 
     model_types: tuple[str, ...]
@@ -36,7 +39,23 @@ class Architecture:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm", "model.norm")
     embeddings: str = "embed_tokens"
     attention: str = "self_attn"
+    cache_argument: str = "past_key_values"
     whole_rope_factor: bool = True
+    gated_mlp: bool = True
+
+    def check(self, model_config: Any) -> None:
+        """Raise ValueError when HiCI attention cannot follow a model of this config; by default it can."""
+
+    def logit_cap(self, model_config: Any) -> float | None:
+        """c where the model's logits are c tanh(x / c) of what its head gives; None: they are what the head gives."""
+        return None
+
+    def scaled_rope(self, model_config: Any, rope: dict[str, Any], method: str, factor: float) -> dict[str, Any]:
+        """The model's unscaled `rope` parameters, scaled by `factor`; method: "linear" or "yarn"."""
+        scaled = {**rope, "rope_type": method, "factor": factor}
+        if method == "yarn":
+            scaled["original_max_position_embeddings"] = model_config.max_position_embeddings
+        return scaled
 
     def attention_modules(self, decoder: nn.Module) -> list[nn.Module]:
         """The attention module of every layer of the decoder (the model without its head), in order."""
