@@ -155,8 +155,8 @@ def make_adapter(args: argparse.Namespace) -> dict[str, Any]:
         with atomic_directory(directory) as temporary:
             for file, tensors in released_tensors(model_config(args)).items():
                 dtype = torch.bfloat16 if file == "adapter_model.bin" else torch.float32
-                torch.save({n: random_tensor(n, torch.empty(t.shape, dtype=dtype, device="meta")) for n, t in tensors.items()},
-                           temporary / file)  # fmt: skip
+                made = {name: random_tensor(name, tensor.to(dtype)) for name, tensor in tensors.items()}
+                torch.save(made, temporary / file)
             write_json(temporary / "adapter_config.json", {
                 "base_model_name_or_path": str(args.scratch / "base"), "bias": "none", "lora_alpha": 16,
                 "lora_dropout": 0, "peft_type": "LORA", "r": 8, "task_type": "CAUSAL_LM",

@@ -79,8 +79,9 @@ def _record(plan: Plan, base: str, to: str) -> Record:
     assert plan.hici is not None  # convert
     old = plan.contents.record
     hici = plan.hici.to_dict()
+    whole = plan.modules_to_save if to == "released" else None
     if old is not None:
-        return dataclasses.replace(old, hici=hici, layout=to, made_with=provenance())
+        return dataclasses.replace(old, hici=hici, layout=to, modules_to_save=whole, made_with=provenance())
     meta = meta_model(load_config(base))
     return Record(
         hici=hici,
@@ -95,6 +96,7 @@ def _record(plan: Plan, base: str, to: str) -> Record:
         made_with=provenance(),
         vocab_size=plan.vocab_size if plan.vocab_size != meta.config.vocab_size else None,
         layout=to,
+        modules_to_save=whole,
     )
 
 

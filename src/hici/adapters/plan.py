@@ -35,7 +35,7 @@ class Plan:
         hici: config of the HiCI modules; None: there are none (LongLoRA).
         rope_parameters, positions, context_length: of the adapted model.
         vocab_size: rows of its embeddings.
-        modules_to_save: what a released directory trained whole, by PEFT's names for it.
+        modules_to_save: what was trained whole, by PEFT's names for it.
         tied: the base's output layer is its embedding.
         scaling: LoRA's factor of B A, by the module that it wraps.
         shapes: of all tensors of the adapted model (LoRA apart), under their plain names.
@@ -108,7 +108,7 @@ def make_plan(
         positions=positions,
         context_length=context,
         vocab_size=_vocabulary(contents, meta),
-        modules_to_save=_modules_to_save(contents, model_config.num_hidden_layers),
+        modules_to_save=_modules_to_save(contents, meta),
         tied=bool(model_config.tie_word_embeddings),
     )
     return _dry_run(plan, meta)
@@ -293,14 +293,17 @@ def _vocabulary(contents: Contents, meta: Any) -> int:
     return size
 
 
-def _modules_to_save(contents: Contents, layers: int) -> list[str]:
-    """PEFT's names for the whole trained modules: one suffix for what every layer has, else the full name."""
-    modules = {name.rpartition(".")[0] for name in contents.saved}
-    by_suffix: dict[str, set[str]] = {}
-    for module in modules:
-        by_suffix.setdefault(_LAYER.split(module)[-1], set()).add(module)
-    names: list[str] = []
-    for suffix, members in sorted(by_suffix.items()):
-        in_layers = all(_LAYER.search(module) for module in members)
-        names += [suffix] if in_layers and len(members) == layers else sorted(members)
-    return names
+def _modules_to_save(contents: Contents, meta: Any) -> list[str]:
+    """PEFT's names for the modules that were trained whole.
+
+    A released directory says nowhere what it should hold: its training trains the embeddings and all norms, so that a
+    lost one is missed. What else is there comes by its full name.
+    """
+    if contents.layout == "hici":
+        return list((contents.lora_config or {}).get("modules_to_save") or [])
+    if contents.record is not None and contents.record.modules_to_save is not None:
+        return contents.record.modules_to_save
+    architecture = get_architecture(meta.config.model_type)
+    names = [architecture.embeddings, *architecture.norms]
+    others = {name.rpartition(".")[0] for name in contents.saved}
+    return names + sorted(module for module in others if not module.endswith(tuple(names)))

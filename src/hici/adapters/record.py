@@ -16,7 +16,7 @@ RECORD_FILE = "hici_config.json"
 LAYOUTS = ("hici", "released")
 
 # keys that format 1 did not have, with what it meant by that
-_ADDED = {2: {"vocab_size": None, "layout": "hici", "training": None}}
+_ADDED = {2: {"vocab_size": None, "layout": "hici", "modules_to_save": None, "training": None}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Record:
         made_with: versions, machine, time.
         vocab_size: rows of the embeddings after growing the base's; None: the base's own.
         layout: which files hold the weights ("hici" or "released").
+        modules_to_save: in the released layout, the base's modules that were trained whole, by PEFT's names for them
+            (our own has them in adapter_config.json).
         training: facts about the training, for the model card; None: none known.
     """
 
@@ -48,6 +50,7 @@ class Record:
     made_with: dict[str, Any]
     vocab_size: int | None = None
     layout: str = "hici"
+    modules_to_save: list[str] | None = None
     training: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -106,7 +109,7 @@ def _of_this_format(values: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _is_of(kind: str, value: Any) -> bool:
     kind, _, none = kind.partition(" | ")
-    types = {"str": str, "int": int, "bool": bool, "dict[str, Any]": dict}
+    types = {"str": str, "int": int, "bool": bool, "dict[str, Any]": dict, "list[str]": list}
     return (bool(none) and value is None) or (
         isinstance(value, types[kind]) and not (kind == "int" and isinstance(value, bool))
     )
