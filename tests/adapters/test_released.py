@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hici
-from conftest import CASES, CHECKPOINT, EXPECTED, IDS, MODES, NEEDED, TOLERANCE
+from golden_checkpoint import CASES, CHECKPOINT, EXPECTED, IDS, MODES, NEEDED, TOLERANCE
 from helpers import difference, logits, random_ids
 from hici.adapters.expected import released_tensors
 from hici.adapters.hub import context_of_name

@@ -35,7 +35,7 @@ from hici.files import atomic_directory, check_target, read_json, write_json, wr
 from hici.models.architectures.base import is_hici_name
 from hici.models.bridge import HICI
 from hici.models.load import load_config, meta_model
-from hici.models.merged import REMOTE_FILE, remote_class_name, remote_code
+from hici.models.merged import REMOTE_FILE, remote_code
 from hici.models.modes import ATTENTIONS
 from hici.models.vocabulary import grown_rows
 from hici.provenance import provenance
@@ -48,6 +48,8 @@ KINDS = ("plain", "hici")
 MERGE_FILE = "hici_merge.json"  # how it was made; only a directory that holds it is ever replaced
 
 Progress = Callable[[int, int], None]  # (tensors done, tensors in all)
+
+_ROPES_OF_OLD = ("default", "linear", "yarn", "llama3")
 
 # settings of a LoRA config with which s B A is what PEFT adds
 _FOLDABLE = {
@@ -144,7 +146,10 @@ def _write_weights(
     progress: Progress | None,
 ) -> None:
     """Shard after shard, each tensor made when its shard is written."""
-    stored = {sources.file_names.get(name, name): name for name in shapes}
+    # plain: the base's own names, which its readers know; hici: the class's names, since transformers translates old
+    # ones for its own classes only
+    keeps = any(is_hici_name(name) for name in shapes)
+    stored = {name if keeps else sources.file_names.get(name, name): name for name in shapes}
 
     def dtype_of(name: str) -> torch.dtype:
         return dtype or (sources.get(name).dtype if name in sources else main_dtype)
@@ -209,17 +214,16 @@ def _write_config(
     if attention is not None:
         assert plan.hici is not None  # merge
         values["hici"] = {**plan.hici.to_dict(), "attention": attention}
-        values["architectures"] = [remote_class_name(parent)]
-        values["auto_map"] = {"AutoModelForCausalLM": f"{Path(REMOTE_FILE).stem}.{remote_class_name(parent)}"}
+        values["auto_map"] = {"AutoModelForCausalLM": f"{Path(REMOTE_FILE).stem}.{parent}"}
         write_text(directory / REMOTE_FILE, remote_code(parent))
     write_json(directory / "config.json", json.loads(json.dumps(values, default=str)))
 
 
 def _for_older_readers(rope: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The same under the names of transformers 4, which many engines read: rope would be unscaled there otherwise."""
-    if "rope_type" not in rope:  # one entry for each kind of layer: transformers 4 had no common form of it
-        return {"torch_dtype": dtype}
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if rope.get("rope_type") not in _ROPES_OF_OLD or "partial_rotary_factor" in rope:
+        return {"torch_dtype": dtype}  # no common form of it: every family had its own
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     old = {"torch_dtype": dtype, "rope_theta": rope["rope_theta"]}
     return old if rope["rope_type"] == "default" else {**old, "rope_scaling": scaling}
 

@@ -97,7 +97,7 @@ def _unpickle(file: Path, device: str) -> dict[str, Tensor]:
             f"{file} is a pickle that holds something else than tensors, and nothing of it was run ({_first(error)}); "
             "such a file can carry code: get the weights from a source that you trust, as safetensors if there are any"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:
         raise ValueError(f"{file} is damaged or not whole ({_first(error)}); copy the file again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__} and no tensors by name; give the weights themselves")

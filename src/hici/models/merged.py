@@ -23,18 +23,21 @@ REMOTE_FILE = "modeling_hici.py"
 _REMOTE_CODE = '''\
 """Builds this model with its HiCI modules; needs the package hici (pip install hici)."""
 
-from transformers import {parent}
+import transformers
 
 from hici.models.merged import HiCIMixin
 
 
-class {name}(HiCIMixin, {parent}):
-    """{parent} with HiCI attention, in the attention mode that config.json names."""
+class {name}(HiCIMixin, transformers.{name}):
+    """With HiCI attention, in the attention mode that config.json names."""
 '''
 
 
 class HiCIMixin:
-    """In front of a causal LM of transformers: its constructor attaches the modules that `config.hici` describes."""
+    """In front of a causal LM of transformers: its constructor attaches the modules that `config.hici` describes.
+
+    The class has the name of the one behind it, which transformers and engines know.
+    """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         hici, mode, asked = saved_config(config), saved_attention(config), config._attn_implementation
@@ -50,6 +53,20 @@ class HiCIMixin:
         else:
             self.set_attn_implementation(asked)  # type: ignore[attr-defined] # of the causal LM behind
             write_config(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but no weight stays random.
+
+        Raises:
+            ValueError: weights are missing, left over or of another shape.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc] # as below
+        problems = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        if problems:
+            raise ValueError(f"{model.config.name_or_path} lacks or misshapes {len(problems)} tensors "
+                             f"({', '.join(sorted(problems)[:4])}); copy the weights again")  # fmt: skip
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; config.json gets the attention mode that the model is in."""
@@ -74,14 +91,9 @@ def saved_attention(model_config: Any) -> str:
     return mode
 
 
-def remote_class_name(parent: str) -> str:
-    """The name of the merged class over a class of transformers."""
-    return f"HiCI{parent}"
-
-
-def remote_code(parent: str) -> str:
+def remote_code(name: str) -> str:
     """The file that a merged directory carries, for a class of transformers."""
-    return _REMOTE_CODE.format(parent=parent, name=remote_class_name(parent))
+    return _REMOTE_CODE.format(name=name)
 
 
 def merged_class(model_config: Any) -> type:
@@ -89,7 +101,7 @@ def merged_class(model_config: Any) -> type:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     parent = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-    return type(remote_class_name(parent.__name__), (HiCIMixin, parent), {"__module__": __name__})
+    return type(parent.__name__, (HiCIMixin, parent), {"__module__": __name__})
 
 
 def is_merged_directory(directory: str | Path) -> bool:
@@ -126,18 +138,13 @@ def load_merged(
     try:
         model_config = AutoConfig.from_pretrained(directory)
         saved = saved_attention(model_config)
-        model, info = merged_class(model_config).from_pretrained(  # type: ignore[attr-defined] # of the causal LM
-            directory, config=model_config, dtype=dtype or "auto", device_map=device_map, output_loading_info=True,
-            **options,
-        )  # fmt: skip
+        model = merged_class(model_config).from_pretrained(  # type: ignore[attr-defined] # of the mixin
+            directory, config=model_config, dtype=dtype or "auto", device_map=device_map, **options
+        )
     except (OSError, ImportError) as error:
         raise ValueError(
             f"the merged model {directory} could not be loaded ({first_line(error)}); copy it again"
         ) from error
-    problems = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    if problems:
-        raise ValueError(f"{directory} lacks or misshapes {len(problems)} tensors ({', '.join(sorted(problems)[:4])}); "
-                         "copy the weights again")  # fmt: skip
     if config is not None:
         changes = config.to_dict() if isinstance(config, HiCIConfig) else config
         reconfigure(model, **changes)
