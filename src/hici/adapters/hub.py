@@ -49,18 +49,19 @@ def find_directory(
                          "the name, the revision and your access (hf auth login)")  from error  # fmt: skip
 
 
-def holds_adapter(hub_id: str) -> bool:
+def holds_adapter(hub_id: str, revision: str | None = None, subfolder: str = "") -> bool:
     """Whether a hub repository is an adapter of ours or a released one; False when that cannot be found out."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
+    marks = [f"{subfolder}/{name}" if subfolder else name for name in ADAPTER_MARKS]
     try:
-        names = HfApi().list_repo_files(hub_id)
+        names = HfApi().list_repo_files(hub_id, revision=revision)
     except HFValidationError:
         return False
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        names = [name for name in ADAPTER_MARKS if isinstance(try_to_load_from_cache(hub_id, name), str)]
-    return any(name in names for name in ADAPTER_MARKS)
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError):  # HTTPError: no network
+        names = [name for name in marks if isinstance(try_to_load_from_cache(hub_id, name, revision=revision), str)]
+    return any(name in names for name in marks)
 
 
 def context_of_name(name: str) -> int | None:

@@ -270,9 +270,10 @@ def _rope(contents: Contents, model_config: Any, context_length: int | None) -> 
 def _scaled_by_hand(model_config: Any, context: int) -> bool:
     """Whether somebody has set the published factor on the base's config already, as the published scripts do."""
     rope, positions = model_config.rope_parameters, model_config.max_position_embeddings
-    return (
-        rope.get("rope_type") == "linear" and context > positions and rope["factor"] == math.ceil(context / positions)
-    )
+    factor = context / positions
+    if get_architecture(model_config.model_type).whole_rope_factor:
+        factor = math.ceil(factor)
+    return rope.get("rope_type") == "linear" and context > positions and rope["factor"] == factor
 
 
 def _vocabulary(contents: Contents, meta: Any) -> int:
