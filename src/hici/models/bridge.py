@@ -57,6 +57,11 @@ def attention_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if mode not in MODES:
         return None
     config: HiCIConfig = module.hici_config
+    if "hici_num_segments" in kwargs:
+        # of this call alone (the drop-in draws it). It comes with the arguments, since a checkpointed layer runs again
+        # with the same arguments, whatever has changed on the model since
+        kwargs = dict(kwargs)
+        config = config.replace(num_segments=kwargs.pop("hici_num_segments"))
     hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get(module.hici_architecture.cache_argument)
     if cache is not None and cache.get_seq_length(module.layer_idx) > 0:
