@@ -306,5 +306,6 @@ def _modules_to_save(contents: Contents, meta: Any) -> list[str]:
         return contents.record.modules_to_save
     architecture = get_architecture(meta.config.model_type)
     names = [architecture.embeddings, *architecture.norms]
-    others = {name.rpartition(".")[0] for name in contents.saved}
+    own = meta.state_dict().keys()  # PEFT would wrap what is above a stray name; it shows as left over later
+    others = {name.rpartition(".")[0] for name in contents.saved if name in own}
     return names + sorted(module for module in others if not module.endswith(tuple(names)))
