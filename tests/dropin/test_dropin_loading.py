@@ -179,6 +179,16 @@ def test_generation(registered, checkpoint):
     assert model.generate(input_ids=random_ids(1, 20), max_new_tokens=4, do_sample=False).shape == (1, 24)
 
 
+@pytest.mark.usefixtures("context")
+def test_saving_keeps_everything(registered, checkpoint, tmp_path, golden):
+    llama_attn_hici.CAUSAL_CONTEXT_MODE = "causal_shift"
+    model = PeftModel.from_pretrained(registered(), checkpoint / "peft_fp32")
+    hici.save_pretrained(model, tmp_path / "ours")
+    loaded = hici.from_pretrained(tmp_path / "ours", base_model=checkpoint / "base", attention="hici")
+    assert hici_config(loaded).visibility == "past"
+    assert golden(loaded, "causal_shift") <= 5e-5
+
+
 # directories of ours
 
 
@@ -440,3 +450,19 @@ def test_plain_peft_loses_most_of_a_hici_directory_in_silence(registered, checkp
     assert torch.equal(model.get_input_embeddings().weight, embeddings)
     assert len([name for name, _ in model.named_parameters() if ".lora_" in name]) == 16  # of 48
     assert model.config.rope_parameters["rope_type"] == "default"
+
+
+def test_an_ordinary_hub_adapter_is_left_to_peft(registered, monkeypatch):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    asked = []
+
+    def unreachable(self, name, revision=None):
+        asked.append((name, revision))
+        raise HTTPError("no network")
+
+    monkeypatch.setattr(HfApi, "list_repo_files", unreachable)
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at 'owner/name'"):
+        PeftModel.from_pretrained(registered(), "owner/name", revision="v1")
+    assert asked == [("owner/name", "v1")]
