@@ -53,7 +53,12 @@ def _without_data(opened: Any, name: str) -> Tensor:
 
 def bad_values(tensors: dict[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
-    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _all_finite(tensor)]
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # one pass without temporaries: the smallest and the largest are NaN where any is
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
 def refuse_bad_values(tensors: dict[str, Tensor], where: str) -> None:

@@ -102,7 +102,10 @@ def _make_slots(module: Any, config: HiCIConfig, hidden_BTD: Tensor, mask_BT: Te
     if slots_BNPD is None:
         return prefix._replace(anchor=_zero(module.local_constructor, module.global_integrator))
     architecture: Architecture = module.hici_architecture
-    slot_k, slot_v = architecture.slot_keys_values(module, slots_BNPD)
+    n = slots_BNPD.shape[1]
+    # one row of slots: kernels of quantised layers take [batch, tokens, width] only
+    keys, values = architecture.slot_keys_values(module, slots_BNPD.flatten(1, 2))
+    slot_k, slot_v = (x.unflatten(1, (n, -1)) for x in (keys, values))
     anchor = None if config.use_global else _zero(module.global_integrator)
     return prefix._replace(slot_k=slot_k, slot_v=slot_v, anchor=anchor)
 

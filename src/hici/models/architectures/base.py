@@ -1,6 +1,6 @@
 """What HiCI must know of an architecture. An architecture is one instance of (a subclass of) `Architecture`.
 
-Shapes: B batch, N segments, P slots of a segment, D width, J key/value heads, E head dimension.
+Shapes: B batch, X slots of all segments, D width, J key/value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Architecture:
         layers: Any = decoder.layers
         return [getattr(layer, self.attention) for layer in layers]
 
-    def slot_keys_values(self, attention: Any, slots_BNPD: Tensor) -> tuple[Tensor, Tensor]:
-        """Slot keys and values [B, N, P, J, E] from the layer's own projections: no RoPE and no q/k-norm."""
-        keys = attention.k_proj(slots_BNPD).unflatten(-1, (-1, attention.head_dim))
-        values = attention.v_proj(slots_BNPD).unflatten(-1, (-1, attention.head_dim))
+    def slot_keys_values(self, attention: Any, slots_BXD: Tensor) -> tuple[Tensor, Tensor]:
+        """Slot keys and values [B, X, J, E] from the layer's own projections: no RoPE and no q/k-norm."""
+        keys = attention.k_proj(slots_BXD).unflatten(-1, (-1, attention.head_dim))
+        values = attention.v_proj(slots_BXD).unflatten(-1, (-1, attention.head_dim))
         return keys, values
 
     def lora_regex(self) -> str:

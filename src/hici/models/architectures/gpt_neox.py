@@ -1,6 +1,6 @@
 """GPT-NeoX (Pythia): one projection makes queries, keys and values, and RoPE turns only a part of each head.
 
-Shapes: B batch, N segments, P slots of a segment, D width, H heads, E head dimension.
+Shapes: B batch, X slots of all segments, D width, H heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from hici.models.architectures.base import Architecture
 class GPTNeoX(Architecture):
     """`query_key_value` gives [q, k, v] head by head: its output is H times 3 E numbers."""
 
-    def slot_keys_values(self, attention: Any, slots_BNPD: Tensor) -> tuple[Tensor, Tensor]:
-        """Slot keys and values [B, N, P, H, E]. The slots' queries are made too and dropped: slots are few, and a
+    def slot_keys_values(self, attention: Any, slots_BXD: Tensor) -> tuple[Tensor, Tensor]:
+        """Slot keys and values [B, X, H, E]. The slots' queries are made too and dropped: slots are few, and a
         call of the whole projection counts what LoRA adds to it."""
-        fused = attention.query_key_value(slots_BNPD).unflatten(-1, (-1, 3, attention.head_size))
+        fused = attention.query_key_value(slots_BXD).unflatten(-1, (-1, 3, attention.head_size))
         return fused[..., 1, :], fused[..., 2, :]
 
 

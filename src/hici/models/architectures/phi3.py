@@ -1,6 +1,6 @@
 """Phi-3: one projection makes queries, keys and values, and transformers takes only one kind of scaled rope.
 
-Shapes: B batch, N segments, P slots of a segment, D width, H query heads, J key/value heads, E head dimension.
+Shapes: B batch, X slots of all segments, D width, H query heads, J key/value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from hici.models.architectures.base import Architecture
 class Phi3(Architecture):
     """`qkv_proj` gives all queries, then all keys, then all values: H E + J E + J E numbers."""
 
-    def slot_keys_values(self, attention: Any, slots_BNPD: Tensor) -> tuple[Tensor, Tensor]:
-        """Slot keys and values [B, N, P, J, E]. The slots' queries are made too and dropped: slots are few, and a
+    def slot_keys_values(self, attention: Any, slots_BXD: Tensor) -> tuple[Tensor, Tensor]:
+        """Slot keys and values [B, X, J, E]. The slots' queries are made too and dropped: slots are few, and a
         call of the whole projection counts what LoRA adds to it."""
         width = attention.num_key_value_heads * attention.head_dim
-        fused = attention.qkv_proj(slots_BNPD)[..., -2 * width :].unflatten(-1, (2, -1, attention.head_dim))
+        fused = attention.qkv_proj(slots_BXD)[..., -2 * width :].unflatten(-1, (2, -1, attention.head_dim))
         return fused[..., 0, :, :], fused[..., 1, :, :]
 
     def scaled_rope(self, model_config: Any, rope: dict[str, Any], method: str, factor: float) -> dict[str, Any]:
