@@ -35,7 +35,7 @@ def find_directory(
         what = "is a file" if directory.is_file() else "does not exist"
         raise ValueError(f"{text} {what}, so it is not a directory, and it is no hub name (owner/name); check the path")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=list(patterns)))
@@ -44,7 +44,7 @@ def find_directory(
             f"{text} is not a directory here, not in the hub's cache, and the hub could not be reached (or "
             f"HF_HUB_OFFLINE is set); give a directory, or download it where there is a network ({first_line(error)})"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"{text} is not a directory here, and the hub did not give it ({first_line(error)}); check "
                          "the name, the revision and your access (hf auth login)")  from error  # fmt: skip
 

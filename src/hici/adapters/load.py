@@ -148,6 +148,9 @@ def _is_model(base_model: Any) -> bool:
 
 
 def _refuse_used_base(model: Any, options: dict[str, Any]) -> None:
+    if not hasattr(model, "config"):
+        raise ValueError(f"base_model is a {type(model).__name__}, but it must be a causal LM of transformers, or its "
+                         "name")  # fmt: skip
     if is_peft(model) or hasattr(model, "peft_config") or is_attached(model):
         raise ValueError("base_model is attached or wrapped already; give the plain base model or its name")
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
