@@ -50,7 +50,7 @@ def test_a_library_that_is_not_there(monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", missing)
     with pytest.raises(ValueError, match="requires bitsandbytes.*install what it asks for"):
         load("4bit")
-    with pytest.raises(ValueError, match=r"quantization_config=.* with a loaded base_model"):
+    with pytest.raises(ValueError, match=r"(?s)quantization_config=.* with a loaded base_model"):
         load("4bit", base_model=tiny_model(), dtype=None)
     with pytest.raises(ValueError, match="base_model is a Linear, but it must be a causal LM"):
         hici.from_pretrained(CHECKPOINT / "peft_fp32", torch.nn.Linear(1, 1), 64)
