@@ -68,6 +68,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         output / "adapter",
         tokenizer=tokenizer,
         context_length=recipe.context_length,
+        training=training_facts(recipe, data, trainer.state.log_history),
         overwrite=recipe.overwrite,
     )
     hici, others = trainable_parameters(trainer.model)
@@ -193,6 +194,24 @@ def make_trainer(recipe: Recipe, model: Any, data: TrainingData, scratch: str, *
         hici_learning_rate=recipe.hici_learning_rate,
         clips={"hici": recipe.hici_max_grad_norm, "other": recipe.max_grad_norm},
     )
+
+
+def training_facts(recipe: Recipe, data: TrainingData, log: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the model card says about the training."""
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    sequences = recipe.batch_size * recipe.gradient_accumulation_steps
+    return {
+        "attention": f"{HICI}, visibility {recipe.hici_config().visibility}",
+        "optimizer steps": recipe.max_steps,
+        "tokens a step": sequences * recipe.context_length,
+        "documents": data.summary["documents"],
+        "learning rate": recipe.learning_rate,
+        "learning rate of the HiCI modules": recipe.hici_learning_rate,
+        "schedule": recipe.schedule,
+        "LoRA": f"r={recipe.lora_r}, alpha={recipe.lora_alpha}",
+        "last training loss": losses[-1] if losses else None,
+        "seed": recipe.seed,
+    }
 
 
 def heldout_losses(trainer: HiCITrainer, recipe: Recipe) -> dict[str, float]:
