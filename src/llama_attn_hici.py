@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hici.dropin import loading as _loading
 from hici.dropin import modules as _modules
 
 CONTEXT_LENGTH: int | None = None  # tokens a released adapter was trained for; None: its name tells (-16k)
@@ -77,7 +78,7 @@ def register_hici_to_model(
         ValueError: a PEFT model, one that has HiCI modules already, one of another type; options that contradict each
             other or have no meaning here (use_attn_init, ds_config_path).
     """
-    return _modules.register(
+    registered = _modules.register(
         _modules.LLAMA,
         model,
         num_local_slots=num_local_slots,
@@ -95,3 +96,5 @@ def register_hici_to_model(
         shared_compress_dim=shared_compress_dim,
         ds_config_path=ds_config_path,
     )
+    _loading.wrap_peft()
+    return registered

@@ -12,10 +12,10 @@ from hici._version import __version__
 
 if TYPE_CHECKING:
     from hici.adapters.convert import convert
-    from hici.adapters.hub import push_to_hub
     from hici.adapters.load import from_pretrained
     from hici.adapters.lora import add_lora
     from hici.adapters.merge import merge
+    from hici.adapters.push import push_to_hub
     from hici.adapters.save import save_pretrained
     from hici.adapters.verify import verify
     from hici.config import HiCIConfig
@@ -33,7 +33,7 @@ _PUBLIC = {
     "from_pretrained": "hici.adapters.load",
     "grow_vocabulary": "hici.models.vocabulary",
     "merge": "hici.adapters.merge",
-    "push_to_hub": "hici.adapters.hub",
+    "push_to_hub": "hici.adapters.push",
     "reconfigure": "hici.models.attach",
     "save_pretrained": "hici.adapters.save",
     "verify": "hici.adapters.verify",

@@ -7,6 +7,7 @@ M * h equals the bottleneck, so absorbing is not cheaper there).
 import pytest
 import torch
 
+from golden_checkpoint import MODES, TOLERANCE
 from helpers import (
     difference,
     golden_json,
@@ -20,16 +21,8 @@ from helpers import (
 from hici.core.local_construction import LocalConstructor
 from hici.models.attach import attention_modules, hici_state_dict, reconfigure
 
-TOLERANCE = 5e-5
 FAMILIES = ("llama_gqa", "llama_mha", "llama_gqa_indep", "llama_gqa_rope4", "qwen3_gqa")
 WAYS = ("reference", "sdpa", "absorbed")
-MODES = {
-    "none": ("all", True, True),
-    "causal_gi": ("current", True, True),
-    "causal_gi_gonly": ("current", True, False),
-    "causal_shift": ("past", True, True),
-    "causal_shift_g": ("past", True, False),
-}
 DELIBERATE = "train.none.pad41"  # there a fully padded segment enters the published G; never ours
 
 

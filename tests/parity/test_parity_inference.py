@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_parity_golden import MODES, TOLERANCE
 from transformers import DynamicCache
 
+from golden_checkpoint import MODES, TOLERANCE
 from helpers import golden_json, golden_model, golden_tensors, logits
 from hici.models.attach import reconfigure
 

@@ -150,7 +150,7 @@ def register(
     shared_compress_dim: int,
     ds_config_path: str | None,
 ) -> Any:
-    """Attach HiCI as the published `register_hici_to_model` does, and let `PeftModel.from_pretrained` know of it.
+    """Attach HiCI as the published `register_hici_to_model` does.
 
     `use_local_constructor_flash` chooses between two ways to the same numbers, so it changes nothing here.
 
@@ -158,8 +158,6 @@ def register(
         ValueError: a model that cannot be registered; options that contradict each other or have no meaning here;
             a constant of the module with an impossible value.
     """
-    from hici.dropin.loading import wrap_peft
-
     _refuse_model(family, model)
     _refuse_options(use_local_constructor, use_global_integrator, use_attn_init, ds_config_path)
     registered = Registered(
@@ -186,7 +184,6 @@ def register(
     if constants_hook not in decoder._forward_pre_hooks.values():  # one may be left from before a detach
         decoder.register_forward_pre_hook(constants_hook, with_kwargs=True, prepend=True)
     apply_constants(decoder)
-    wrap_peft()
     return model
 
 
