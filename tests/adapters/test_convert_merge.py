@@ -179,6 +179,17 @@ def test_hici_through_automodel_with_remote_code(merged, variant, tmp_path):
     assert float(run(code)) < TOLERANCE
 
 
+def test_the_class_that_transformers_serve_asks_for(merged):
+    import transformers
+
+    automodel = getattr(transformers, "AutoModelForDecision", None)
+    if automodel is None:
+        pytest.skip("this transformers has no AutoModelForDecision; its server loads the full-attention model")
+    model = automodel.from_pretrained(merged / "peft_fp32-hici", trust_remote_code=True)
+    assert model.config._attn_implementation == "hici"
+    assert difference(logits(model, IDS), EXPECTED["peft_fp32/none/logits"]) < TOLERANCE
+
+
 def test_it_starts_in_the_mode_that_was_asked_for(merged, tmp_path):
     where = merged / "peft_fp32-hici"
     model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True, attn_implementation="sdpa")
@@ -217,7 +228,8 @@ def test_what_is_in_a_merged_directory(merged):
     assert "hici" not in config
     config = json.loads((kept / "config.json").read_text())
     assert config["hici"]["attention"] == "hici"
-    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_hici.LlamaForCausalLM"}
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hici.LlamaForCausalLM"
+    assert config["architectures"] == ["LlamaForCausalLM"]
     assert (kept / "modeling_hici.py").is_file()
     assert json.loads((kept / MERGE_FILE).read_text())["context_length"] == 64
 

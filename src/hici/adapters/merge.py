@@ -35,7 +35,7 @@ from hici.files import atomic_directory, check_target, read_json, write_json, wr
 from hici.models.architectures.base import is_hici_name
 from hici.models.bridge import HICI
 from hici.models.load import load_config, meta_model
-from hici.models.merged import REMOTE_FILE, remote_code
+from hici.models.merged import AUTO_CLASSES, REMOTE_FILE, remote_code
 from hici.models.modes import ATTENTIONS
 from hici.models.vocabulary import grown_rows
 from hici.provenance import provenance
@@ -214,7 +214,7 @@ def _write_config(
     if attention is not None:
         assert plan.hici is not None  # merge
         values["hici"] = {**plan.hici.to_dict(), "attention": attention}
-        values["auto_map"] = {"AutoModelForCausalLM": f"{Path(REMOTE_FILE).stem}.{parent}"}
+        values["auto_map"] = dict.fromkeys(AUTO_CLASSES, f"{Path(REMOTE_FILE).stem}.{parent}")
         write_text(directory / REMOTE_FILE, remote_code(parent))
     write_json(directory / "config.json", json.loads(json.dumps(values, default=str)))
 

@@ -19,6 +19,9 @@ from hici.models.load import first_line
 from hici.models.modes import ATTENTIONS, set_attention
 
 REMOTE_FILE = "modeling_hici.py"
+# `transformers serve` asks AutoModelForDecision for any model (a causal LM decides by the logits of the options) and
+# then takes the stock class by its name, without a look at the remote code of AutoModelForCausalLM
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForDecision")
 
 _REMOTE_CODE = '''\
 """Builds this model with its HiCI modules; needs the package hici (pip install hici)."""
