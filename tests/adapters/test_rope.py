@@ -38,12 +38,11 @@ def test_extended_in_place_equals_loaded_with_the_parameters(architecture, metho
     config = AutoConfig.from_pretrained(tmp_path)
     config_rope_parameters(config, extended_rope(config, 80, method), 80)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
-    assert difference(logits(model, ids), logits(loaded, ids)) == 0
+    assert difference(logits(model, ids), logits(loaded, ids)) < 1e-5
     assert difference(logits(model, ids), stock) > 0.01
     model.save_pretrained(tmp_path / "extended")
-    assert (
-        difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "extended"), ids), logits(loaded, ids)) == 0
-    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "extended")
+    assert difference(logits(again, ids), logits(loaded, ids)) < 1e-5
 
 
 def test_linear_divides_positions_by_the_factor():

@@ -132,7 +132,7 @@ def resize_as_published(model):
 def test_the_published_order_by_hand(checkpoint, golden, rope):
     config = AutoConfig.from_pretrained(checkpoint / "base")
     if rope != "ours":
-        config.rope_scaling = {"type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+        config.rope_scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     if rope != "by hand, context unknown":
         llama_attn_hici.CONTEXT_LENGTH = CONTEXT
     model = AutoModelForCausalLM.from_pretrained(checkpoint / "base", config=config, dtype=torch.float32)
@@ -149,7 +149,7 @@ def test_the_published_order_by_hand(checkpoint, golden, rope):
 
 def test_rope_by_hand_alone(checkpoint, golden):
     config = AutoConfig.from_pretrained(checkpoint / "base")
-    config.rope_scaling = {"type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    config.rope_scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     model = AutoModelForCausalLM.from_pretrained(checkpoint / "base", config=config, dtype=torch.float32)
     llama_attn_hici.register_hici_to_model(model, num_heads=4, bottleneck_dim=32, shared_compress_dim=16)
     assert golden(PeftModel.from_pretrained(model, checkpoint / "peft_fp32")) <= 5e-5
@@ -269,7 +269,7 @@ def test_qwen3(qwen3, rope):
     base, model, directory = qwen3
     config = AutoConfig.from_pretrained(base)
     if rope == "by hand":  # not rounded up in the published code of this family
-        config.rope_scaling = {"type": "linear", "factor": 1.5, "rope_theta": config.rope_parameters["rope_theta"]}
+        config.rope_scaling = {"rope_type": "linear", "factor": 1.5, "rope_theta": config.rope_parameters["rope_theta"]}
     else:
         qwen3_attn_hici.CONTEXT_LENGTH = 48
     qwen3_attn_hici.replace_qwen3_attn(use_flash_attn=False, use_hierarchical_forward=True)
