@@ -148,6 +148,26 @@ class HiCIConfig:
         return cls(**values)
 
 
+def given_fields(given: HiCIConfig | dict[str, Any] | None) -> dict[str, Any]:
+    """The fields that a caller sets: all of a dict; of a HiCIConfig those that are not at their defaults.
+
+    Raises:
+        ValueError: an unknown field; something else than a HiCIConfig or a dict.
+    """
+    if given is None:
+        return {}
+    if isinstance(given, dict):
+        check_field_names(given)
+        return dict(given)
+    if not isinstance(given, HiCIConfig):
+        raise ValueError(f"config={given!r} is no HiCIConfig and no dict of its fields; give one of these")
+    plain = HiCIConfig()
+    fields = {name: value for name, value in given.to_dict().items() if value != getattr(plain, name)}
+    if fields.get("integrator_dim") == given.bottleneck_dim:
+        del fields["integrator_dim"]
+    return fields
+
+
 def check_field_names(values: dict[str, Any]) -> None:
     """Raise ValueError on a key that HiCIConfig does not have."""
     known = [field.name for field in dataclasses.fields(HiCIConfig)]

@@ -22,6 +22,8 @@ def atomic_directory(target: str | Path, *, overwrite: bool = False, marker: str
         ValueError: as `check_target`.
     """
     target = Path(target)
+    if target.is_symlink():  # what it points to is replaced, and the link stays
+        target = target.resolve()
     check_target(target, overwrite=overwrite, marker=marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -53,13 +55,22 @@ def check_target(target: str | Path, *, overwrite: bool = False, marker: str | N
     if not overwrite:
         raise ValueError(
             f"{target} exists and is not empty, and nothing is overwritten silently; give another directory or "
-            "overwrite=True (--overwrite true in `hici train`)"
+            "overwrite=True (--overwrite; in `hici train` --overwrite true)"
         )
     if marker is not None and not (target / marker).is_file():
         raise ValueError(
             f"{target} holds no {marker}, so it is no directory of this kind, and overwriting would delete what it "
             "holds; give another directory"
         )
+
+
+def refuse_sources(target: str | Path, *sources: str | Path) -> None:
+    """Raise ValueError when writing `target` would replace what is read: a source itself, or one inside of it."""
+    place = Path(target).expanduser().resolve()
+    for source in sources:
+        read = Path(source).expanduser().resolve()
+        if place == read or place in read.parents:
+            raise ValueError(f"{target} is or holds {source}, which is read; give a directory outside of it")
 
 
 def check_writable(directory: str | Path) -> None:

@@ -410,7 +410,7 @@ def test_save_and_lora_need_an_attached_plain_model(tmp_path):
 def test_offloaded_layers_are_refused(llama, monkeypatch):
     base, _, directory = llama
     meta = AutoModelForCausalLM.from_pretrained(base).to("meta")
-    monkeypatch.setattr("hici.adapters.load._check_fingerprint", lambda *args: None)
+    monkeypatch.setattr("hici.adapters.load.check_fingerprint", lambda *args: None)
     monkeypatch.setattr("hici.adapters.load.set_rope", lambda *args: None)
     refuse(directory, "device_map keeps layers off every device", meta)
 

@@ -91,7 +91,7 @@ def test_ways_to_call(registered, checkpoint, golden, call, monkeypatch):
         )
     else:
         asked = []
-        monkeypatch.setattr("hici.dropin.loading.holds_adapter", lambda *args: asked.append(args) or True)
+        monkeypatch.setattr("hici.dropin.loading.repository_kind", lambda *args: asked.append(args) or "adapter")
         monkeypatch.setattr(
             "hici.dropin.loading.find_directory", lambda *args: asked.append(args) or checkpoint / "peft_fp32"
         )

@@ -13,6 +13,9 @@ from torch import Tensor
 from hici.adapters.hub import find_directory
 from hici.adapters.weights import read_tensors, refuse_no_weights
 from hici.files import read_json
+from hici.models.architectures.base import is_hici_name
+from hici.models.fingerprint import fingerprint
+from hici.models.load import name_translator
 
 _OPEN_FILES = 2
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -34,29 +37,30 @@ class BaseFiles:
     Args:
         directory: with safetensors or pickled weights, in one file or in shards with their index.
         model: the model on the meta device; its class decides how names in old files are to be read.
+        drop_modules: HiCI modules in the files are left out (others come in their place).
 
     Attributes:
         file_names: the name in the files by the name in the model.
 
     Raises:
-        ValueError: no weights, a missing shard, or tensors that the model does not have.
+        ValueError: no weights, a missing shard, tensors that the model does not have, tied ones that differ.
     """
 
-    def __init__(self, directory: str | Path, model: Any) -> None:
+    def __init__(self, directory: str | Path, model: Any, *, drop_modules: bool = False) -> None:
         self.directory = Path(directory)
+        self.model_type: str = model.config.model_type
         self._files = _weight_map(self.directory)
         self._opened: dict[Path, Any] = {}
         state = model.state_dict()
-        tied = state.keys() - {name for name, _ in model.named_parameters()} - {n for n, _ in model.named_buffers()}
-        rename = _renaming(model)
+        tied = {name: own for name, own in _tied(model).items() if name in state}
+        rename = name_translator(model)
         self.file_names: dict[str, str] = {}
         strangers = []
         for name in self._files:
             own = rename(name)
             if own in state:
-                if own not in tied:  # a second name of a tensor that is there already
-                    self.file_names[own] = name
-            elif not _FORMER_BUFFERS.search(name):
+                self.file_names[own] = name
+            elif not (_FORMER_BUFFERS.search(name) or (drop_modules and is_hici_name(name))):
                 strangers.append(name)
         if strangers:
             raise ValueError(
@@ -64,6 +68,18 @@ class BaseFiles:
                 f"({', '.join(strangers[:4])}), which would be dropped; give the plain base model, or load and save it "
                 "with transformers first"
             )
+        for second, first in tied.items():
+            self._drop_second(second, first)
+
+    def _drop_second(self, second: str, first: str) -> None:
+        """A tied tensor that stands in the files under its second name too."""
+        if second in self.file_names and first in self.file_names:
+            if not torch.equal(self.get(second), self.get(first)):
+                raise ValueError(
+                    f"{self.directory}: its config.json ties {second} to {first}, but the files hold two different "
+                    "tensors; set tie_word_embeddings=false there if they are meant to differ"
+                )
+            del self.file_names[second]
 
     def __contains__(self, name: str) -> bool:
         return name in self.file_names
@@ -71,7 +87,12 @@ class BaseFiles:
     def get(self, name: str) -> Tensor:
         """The tensor of that name in the model (mapped from disk, not a copy)."""
         stored = self.file_names[name]
-        return self._open(self._files[stored]).get_tensor(stored)
+        try:
+            return self._open(self._files[stored]).get_tensor(stored)
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{self._files[stored]} lacks {stored}, which its index names; copy the files again"
+            ) from error
 
     def dtype(self) -> torch.dtype:
         """The dtype of the largest tensor."""
@@ -91,6 +112,13 @@ class BaseFiles:
         return self._opened[file]
 
 
+def _tied(model: Any) -> dict[str, str]:
+    """Second names of tied tensors, and the first ones."""
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return {name: owners[id(p)] for name, p in every.items() if owners[id(p)] != name}
+
+
 class _Pickled:
     """Tensors of a pickle file behind the reading method of a safetensors file."""
 
@@ -106,7 +134,10 @@ def _weight_map(directory: Path) -> dict[str, Path]:
     for name in (_SAFE, _PICKLED):
         index, single = directory / f"{name}.index.json", directory / name
         if index.is_file():
-            listed = read_json(index).get("weight_map", {})
+            values = read_json(index)
+            listed = values.get("weight_map") if isinstance(values, dict) else None
+            if not isinstance(listed, dict):
+                raise ValueError(f"{index} has no weight_map; copy the file again")
             files = {tensor: directory / file for tensor, file in listed.items()}
             missing = sorted({file.name for file in files.values() if not file.is_file()})
             if missing:
@@ -120,14 +151,20 @@ def _weight_map(directory: Path) -> dict[str, Path]:
                      "a directory with them")  # fmt: skip
 
 
-def _renaming(model: Any) -> Any:
-    """transformers' own renaming of names in files that are older than the model's class."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return lambda name: name
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
-    return lambda name: rename_source_key(name, renamings, converters)[0]
+def files_fingerprints(files: BaseFiles, model: Any) -> list[str]:
+    """The base's fingerprint as its files give it: as stored, and as read in float16 (which rounds differently).
+
+    "unknown" where a tensor of the model is not in the files, or is quantised.
+    """
+    tied = _tied(model)
+    names = {name: tied.get(name, name) for name in model.state_dict()}
+    if any(source not in files for source in names.values()):
+        return ["unknown"]
+    return [
+        fingerprint((name, files.get(source)) for name, source in names.items()),
+        fingerprint((name, _in_half(files.get(source))) for name, source in names.items()),
+    ]
+
+
+def _in_half(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor

@@ -22,9 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hici.adapters.record import RECORD_FILE, Record, read_record
+from hici.adapters import file_names
+from hici.adapters.file_names import (
+    HICI_FILE,
+    LORA_CONFIG_FILE,
+    LORA_FILE,
+    PICKLED_LORA_FILE,
+    RECORD_FILE,
+    TRAINABLE_FILE,
+)
+from hici.adapters.record import Record, read_record
 from hici.adapters.weights import read_tensors, refuse_bad_values
-from hici.config import HiCIConfig, check_field_names
+from hici.config import HiCIConfig, given_fields
 from hici.files import read_json
 from hici.models.architectures.base import is_hici_name
 
@@ -32,11 +41,6 @@ logger = logging.getLogger(__name__)
 
 Reader = Callable[[Path], dict[str, Tensor]]
 
-HICI_FILE = "hici_model.safetensors"
-LORA_CONFIG_FILE = "adapter_config.json"
-LORA_FILE = "adapter_model.safetensors"
-PICKLED_LORA_FILE = "adapter_model.bin"
-TRAINABLE_FILE = "trainable_params.bin"
 PEFT_PREFIX = "base_model.model."
 PUBLISHED_NUM_HEADS = 8
 
@@ -105,8 +109,7 @@ def is_module_name(name: str) -> bool:
 
 def is_adapter_directory(directory: Path) -> bool:
     """Whether a directory holds an adapter of ours, a released one or LongLoRA's, possibly a damaged one."""
-    files = (RECORD_FILE, HICI_FILE, TRAINABLE_FILE, LORA_CONFIG_FILE, LORA_FILE, PICKLED_LORA_FILE)
-    return any((directory / name).is_file() for name in files)
+    return any((directory / name).is_file() for name in file_names.ALL)
 
 
 def read_contents(directory: str | Path, name: str | None = None, *, data: bool = True) -> Contents:
@@ -116,7 +119,11 @@ def read_contents(directory: str | Path, name: str | None = None, *, data: bool 
         ValueError: a missing, damaged or foreign file; NaN or infinity; an unknown key in a config.
     """
     directory = Path(directory).expanduser()
-    contents = _read(directory, name or str(directory), partial(read_tensors, data=data))
+    name = name or str(directory)
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().absolute())  # "." has a name too
+    contents = _read(directory, name, partial(read_tensors, data=data))
+    _refuse_strange_tensors(contents)
     if not data:
         return contents
     by_file: dict[Path, dict[str, Tensor]] = {}
@@ -143,6 +150,10 @@ def _read(directory: Path, name: str, read: Reader) -> Contents:
 def _read_ours(directory: Path, name: str, record: Record, read: Reader) -> Contents:
     needed = [HICI_FILE, *([LORA_CONFIG_FILE, LORA_FILE] if record.peft else [])]
     _need(directory, needed)
+    others = [file for file in (PICKLED_LORA_FILE, TRAINABLE_FILE) if (directory / file).exists()]
+    if others:
+        raise ValueError(f"{directory} is in our layout by its {RECORD_FILE}, but holds {' and '.join(others)} of the "
+                         "released one, which would be left out; take them away")  # fmt: skip
     present = [file for file in (LORA_CONFIG_FILE, LORA_FILE) if (directory / file).exists()]
     if present and not record.peft:
         raise ValueError(
@@ -186,6 +197,20 @@ def _read_released(directory: Path, name: str, record: Record | None, read: Read
     return Contents(directory, name, "released", {**trained, **lora}, config, record, files[0])
 
 
+def _refuse_strange_tensors(contents: Contents) -> None:
+    """What no training writes: whole numbers, and LoRA that is no pair of matrices."""
+    for name, tensor in contents.tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{contents.file_of(name)}: {name} holds {tensor.dtype} and no floating-point numbers; "
+                             "copy the file again")  # fmt: skip
+        if (
+            name.endswith((".lora_A.weight", ".lora_B.weight", ".memory_slots", ".global_queries"))
+            and tensor.dim() != 2
+        ):
+            raise ValueError(f"{contents.file_of(name)}: {name} has shape {list(tensor.shape)}, but it must be a "
+                             "matrix; copy the file again")  # fmt: skip
+
+
 def _need(directory: Path, files: list[str]) -> None:
     missing = [file for file in files if not (directory / file).is_file()]
     if missing:
@@ -207,7 +232,12 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    plain = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    if len(plain) != len(tensors):
+        twice = [name for name in plain if name in tensors and PEFT_PREFIX + name in tensors]
+        raise ValueError(f"{', '.join(twice[:4])}: there with and without the prefix {PEFT_PREFIX}; take one of each "
+                         "away")  # fmt: skip
+    return plain
 
 
 def read_lora_config(file: Path) -> dict[str, Any]:
@@ -262,7 +292,7 @@ def config_of(contents: Contents, given: HiCIConfig | dict[str, Any] | None) -> 
         ValueError: no HiCI modules, or a half of them; `given` asks for other shapes than the tensors have.
     """
     shapes = _module_shapes(contents)
-    changes = _changes(given)
+    changes = given_fields(given)
     for field, value in shapes.items():
         if changes.setdefault(field, value) != value:
             raise ValueError(
@@ -283,6 +313,16 @@ def config_of(contents: Contents, given: HiCIConfig | dict[str, Any] | None) -> 
                 f"{contents.directory / RECORD_FILE}: {field}={getattr(recorded, field)}, but the tensors or the given "
                 f"config have {value}; leave it out of the config, or copy the directory again"
             )
+    if isinstance(given, HiCIConfig):
+        left = [
+            name
+            for name in recorded.to_dict()
+            if name not in changes and getattr(given, name) != getattr(recorded, name)
+        ]
+        if left:
+            logger.info(
+                "%s of the given config are at their defaults and taken from %s", ", ".join(left), contents.name
+            )
     return recorded.replace(**changes)
 
 
@@ -290,20 +330,6 @@ def _shape_field(config: HiCIConfig, field: str) -> Any:
     # an integrator as wide as the bottleneck may be written down or not
     same_width = field == "integrator_dim" and config.integrator_dim == config.bottleneck_dim
     return None if same_width else getattr(config, field)
-
-
-def _changes(given: HiCIConfig | dict[str, Any] | None) -> dict[str, Any]:
-    if given is None:
-        return {}
-    if isinstance(given, HiCIConfig):
-        plain = HiCIConfig()
-        return {
-            name: _shape_field(given, name) for name, value in given.to_dict().items() if value != getattr(plain, name)
-        }
-    if isinstance(given, dict):
-        check_field_names(given)
-        return dict(given)
-    raise ValueError(f"config={given!r} is no HiCIConfig and no dict of its fields; give one of these")
 
 
 def _module_shapes(contents: Contents) -> dict[str, Any]:

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from hici.adapters.base_files import BaseFiles
+from hici.adapters.base_files import BaseFiles, files_fingerprints
 from hici.adapters.card import adapter_card
 from hici.adapters.contents import Contents, read_contents
+from hici.adapters.file_names import RECORD_FILE
 from hici.adapters.hub import find_directory
-from hici.adapters.load import base_name
+from hici.adapters.load import base_name, check_fingerprint
 from hici.adapters.plan import Plan, make_plan
-from hici.adapters.record import LAYOUTS, RECORD_FILE, Record
+from hici.adapters.record import LAYOUTS, Record
 from hici.adapters.write import copy_tokenizer, write_hici, write_released
 from hici.config import HiCIConfig
-from hici.files import atomic_directory, check_target, write_text
+from hici.files import atomic_directory, check_target, refuse_sources, write_text
 from hici.models.bridge import HICI
-from hici.models.fingerprint import fingerprint
-from hici.models.load import load_config, meta_model
+from hici.models.load import load_config, meta_model, stable_name
 from hici.provenance import provenance
 from hici.registry import suggest
 
@@ -61,58 +61,69 @@ def convert(
     if not contents.has_hici:
         raise ValueError(f"{source} holds no HiCI modules (a LongLoRA adapter), so our layout has no place for it; "
                          "load it with hici.from_pretrained as it is")  # fmt: skip
-    if target.resolve() == contents.directory.resolve():
-        raise ValueError(f"{target} is what is read, and cannot be what is written; give another directory")
+    refuse_sources(target, contents.directory)
     name = base_name(contents, base_model)
-    plan = make_plan(contents, load_config(name), context_length=context_length, config=config)
+    base_config = load_config(name)
+    plan = make_plan(contents, base_config, context_length=context_length, config=config)
+    if to == "released" and plan.head is not None:
+        raise ValueError(f"{source}: {plan.head} is tied to the embeddings in the base and was trained apart, "
+                         "which the released format cannot express; keep it in our format")  # fmt: skip
     record = _record(plan, name, to)
+    lora_config = plan.lora_config()
+    if lora_config is not None:
+        lora_config.base_model_name_or_path = record.base_model
     write = write_hici if to == "hici" else write_released
     with atomic_directory(target, overwrite=overwrite, marker=RECORD_FILE) as temporary:
-        write(temporary, contents.tensors, plan.lora_config(), record)
+        write(temporary, contents.tensors, lora_config, record)
         copy_tokenizer(contents.directory, temporary)
         write_text(temporary / "README.md", adapter_card(record, target.name))
-        _compare(contents, read_contents(temporary))
+        written = read_contents(temporary)
+        _compare(contents, written)
+        make_plan(written, base_config)  # what cannot be loaded is not left behind
     return target
 
 
 def _record(plan: Plan, base: str, to: str) -> Record:
     assert plan.hici is not None  # convert
     old = plan.contents.record
-    hici = plan.hici.to_dict()
-    whole = plan.modules_to_save if to == "released" else None
-    if old is not None:
-        return dataclasses.replace(old, hici=hici, layout=to, modules_to_save=whole, made_with=provenance())
     meta = meta_model(load_config(base))
+    found = _fingerprints(base, meta)
+    if old is not None:
+        if found and old.base_fingerprint not in ("unknown", *found):
+            check_fingerprint(found[0], plan.contents, base)
+        return dataclasses.replace(
+            old,
+            hici=plan.hici.to_dict(),
+            base_model=stable_name(base),
+            layout=to,
+            modules_to_save=plan.modules_to_save if to == "released" else None,
+            made_with=provenance(),
+        )
     return Record(
-        hici=hici,
+        hici=plan.hici.to_dict(),
         attention=HICI,
         context_length=plan.context_length,
         rope_parameters=plan.rope_parameters,
         max_position_embeddings=plan.positions,
-        base_model=str(Path(base).resolve()) if Path(base).is_dir() else base,
+        base_model=stable_name(base),
         base_model_type=meta.config.model_type,
-        base_fingerprint=_fingerprint(base, meta),
+        base_fingerprint=found[0] if found else "unknown",
         peft=True,
         made_with=provenance(),
         vocab_size=plan.vocab_size if plan.vocab_size != meta.config.vocab_size else None,
         layout=to,
-        modules_to_save=whole,
     )
 
 
-def _fingerprint(base: str, meta: Any) -> str:
-    """Of a base's files on this machine; "unknown" where there are none, or where the base is quantised."""
+def _fingerprints(base: str, meta: Any) -> list[str]:
+    """Of a base's files on this machine; [] where there are none, or where the base is quantised."""
     if not Path(base).is_dir():
-        return "unknown"
+        return []
     try:
-        files = BaseFiles(base, meta)
+        found = files_fingerprints(BaseFiles(base, meta, drop_modules=True), meta)
     except ValueError:
-        return "unknown"
-    tied = getattr(meta, "all_tied_weights_keys", {})
-    names = {name: name if name in files else tied.get(name, name) for name in meta.state_dict()}
-    if any(source not in files for source in names.values()):
-        return "unknown"
-    return fingerprint((name, files.get(source)) for name, source in names.items())
+        return []
+    return [] if "unknown" in found else found
 
 
 def _compare(source: Contents, written: Contents) -> None:

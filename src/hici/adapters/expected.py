@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hici.adapters.contents import PEFT_PREFIX, PICKLED_LORA_FILE, TRAINABLE_FILE, is_lora_name
+from hici.adapters.contents import PEFT_PREFIX, is_lora_name
+from hici.adapters.file_names import PICKLED_LORA_FILE, TRAINABLE_FILE
 from hici.adapters.plan import peft_tensors
 from hici.config import HiCIConfig
 from hici.models.architectures import get_architecture

@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from hici.adapters.file_names import RECORD_FILE, TRAINABLE_FILE
 from hici.models.load import first_line
+from hici.models.merged import REMOTE_FILE
 
 # all that a directory of ours, a released one or a merged one can hold; nothing else is downloaded
-ADAPTER_MARKS = ("hici_config.json", "trainable_params.bin")
+_MARKS = {"adapter": (RECORD_FILE, TRAINABLE_FILE), "merged": (REMOTE_FILE,)}
 _PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.md", "*.py", "*.jinja")
 
 
@@ -48,29 +50,35 @@ def find_directory(
                          "the name, the revision and your access (hf auth login)")  from error  # fmt: skip
 
 
-def holds_adapter(hub_id: str, revision: str | None = None, subfolder: str = "") -> bool:
-    """Whether a hub repository is an adapter of ours or a released one; False when that cannot be found out."""
+def repository_kind(hub_id: str, revision: str | None = None, subfolder: str = "") -> str:
+    """ "adapter" (ours or released) or "merged" (with its modules) by the files of a hub repository, else "plain".
+
+    Without a network it is what the cache tells.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
-    marks = [f"{subfolder}/{name}" if subfolder else name for name in ADAPTER_MARKS]
+    marks = {f"{subfolder}/{name}" if subfolder else name: kind for kind, files in _MARKS.items() for name in files}
     try:
         names = HfApi().list_repo_files(hub_id, revision=revision)
     except HFValidationError:
-        return False
+        return "plain"
     except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError):  # HTTPError: no network
         names = [name for name in marks if isinstance(try_to_load_from_cache(hub_id, name, revision=revision), str)]
-    return any(name in names for name in marks)
+    return next((kind for name, kind in marks.items() if name in names), "plain")
 
 
 def context_of_name(name: str) -> int | None:
     """The context that a name tells: "Llama-2-7b-HiCI-16k" -> 16 * 1024; None when it tells none, or several.
 
-    A path into the hub's cache tells by its repository.
+    The end of a name counts more than its middle; a path into the hub's cache tells by its repository.
     """
     parts = Path(name).parts
     last = parts[-1] if parts else ""
     if len(parts) >= 3 and parts[-2] == "snapshots":
         last = parts[-3]
-    sizes = set(re.findall(r"(?<![0-9A-Za-z])(\d+)[kK](?![0-9A-Za-z])", last))
-    return int(sizes.pop()) * 1024 if len(sizes) == 1 else None
+    sizes = re.findall(r"(?<![0-9A-Za-z])(\d+)[kK](?=$|[^0-9A-Za-z])", last)
+    final = re.search(r"(?<![0-9A-Za-z])(\d+)[kK]$", last)
+    if final:
+        sizes = [final.group(1)]
+    return int(sizes[0]) * 1024 if len(set(sizes)) == 1 else None

@@ -15,13 +15,13 @@ from hici.adapters.contents import Contents, read_contents
 from hici.adapters.hub import find_directory
 from hici.adapters.plan import Plan, make_plan, wrap_in_peft
 from hici.config import HiCIConfig
-from hici.models.attach import attach, detach, hici_state_dict, is_attached, is_peft, remember_base
+from hici.models.attach import attach, detach, get_decoder, hici_state_dict, is_attached, is_peft, remember_base
 from hici.models.bridge import FULL, HICI
 from hici.models.fingerprint import base_fingerprint
 from hici.models.load import load_config, load_plain_model
 from hici.models.merged import is_merged_directory, load_merged
 from hici.models.modes import set_attention
-from hici.models.vocabulary import grow_vocabulary, shrink_vocabulary, vocabulary_weights
+from hici.models.vocabulary import grow_rows, shrink_vocabulary, vocabulary_weights
 from hici.registry import suggest
 from hici.rope import set_rope
 
@@ -78,26 +78,35 @@ def from_pretrained(
     contents = read_contents(directory, str(path_or_hub_id))
     if attention == HICI and not contents.has_hici:
         raise ValueError(f"attention 'hici', but {directory} holds no HiCI modules (a LongLoRA adapter); use 'full'")
-    loaded = base_model if _is_model(base_model) else None
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
-    if loaded is not None:
-        _refuse_used_base(loaded, options)
-        base_config = loaded.config
+    model, plan = _base_and_plan(contents, base_model, options, context_length, config)
+    wrapped = install(model, plan)
+    if plan.hici is not None:
+        set_attention(wrapped, attention)
+    return wrapped.requires_grad_(False).eval()
+
+
+def _base_and_plan(
+    contents: Contents,
+    base_model: Any,
+    options: dict[str, Any],
+    context_length: int | None,
+    config: HiCIConfig | dict[str, Any] | None,
+) -> tuple[Any, Plan]:
+    """The base, untouched, and what it becomes; planned before the weights are read."""
+    loaded = _is_model(base_model)
+    if loaded:
+        _refuse_used_base(base_model, options)
+        base_config = base_model.config
     else:
         name = base_name(contents, base_model)
         with _base_errors(name, contents):
             base_config = load_config(name)
     plan = make_plan(contents, base_config, context_length=context_length, config=config)
-    if loaded is None:
-        with _base_errors(name, contents):
-            model = load_plain_model(name, **options)
-    else:
-        model = loaded
-    _check_fingerprint(model, contents)
-    wrapped = install(model, plan)
-    if plan.hici is not None:
-        set_attention(wrapped, attention)
-    return wrapped.requires_grad_(False).eval()
+    # a merged base may hold modules of its own: the adapter's come in their place
+    model = base_model if loaded else load_plain_model(name, **options, drop_modules=plan.hici is not None)
+    check_fingerprint(base_fingerprint(model), contents, model.config.name_or_path)
+    return model, plan
 
 
 def install(model: Any, plan: Plan) -> Any:
@@ -114,7 +123,7 @@ def install(model: Any, plan: Plan) -> Any:
             plan.rope_parameters, plan.positions,
         ):  # fmt: skip
             set_rope(model, plan.rope_parameters, plan.positions)
-        grow_vocabulary(model, plan.vocab_size)
+        grow_rows(model, plan.vocab_size)
         if plan.hici is not None:
             if is_attached(model):
                 remember_base(model)
@@ -176,12 +185,15 @@ def _base_errors(name: str, contents: Contents) -> Iterator[None]:
         ) from error
 
 
-def _check_fingerprint(model: Any, contents: Contents) -> None:
-    """Whether the weights are those that the adapter was made on; a released adapter does not tell."""
+def check_fingerprint(found: str, contents: Contents, base: str) -> None:
+    """Whether a base's weights are those that the adapter was made on; a released adapter does not tell.
+
+    Raises:
+        ValueError: they are others.
+    """
     record = contents.record
     if record is None:
         return
-    found = base_fingerprint(model)
     if "unknown" in (found, record.base_fingerprint):
         logger.warning(
             "the base of %s is quantised or without data, here or where it was made: whether it is the right one is "
@@ -190,8 +202,8 @@ def _check_fingerprint(model: Any, contents: Contents) -> None:
     elif found != record.base_fingerprint:
         raise ValueError(
             f"{contents.directory} was made on {record.base_model!r} (fingerprint {record.base_fingerprint}), but this "
-            f"base is {model.config.name_or_path!r} ({found}); give the base that it was made on (a float32 base read "
-            "as float16 rounds differently: then give another dtype)"
+            f"base is {base!r} ({found}); give the base that it was made on (a float32 base read as float16 rounds "
+            "differently: then give another dtype)"
         )
 
 
@@ -225,13 +237,21 @@ def _tell_rounding(contents: Contents, dtype: torch.dtype) -> None:
 
 
 def _remember(model: Any) -> dict[str, Any]:
+    attached = is_attached(model)
     return {
         "modules": dict(model.named_modules()),
+        "configs": [
+            (config, dict(vars(config))) for config in {id(m.config): m.config for m in _configured(model)}.values()
+        ],
         "rope": (dict(model.config.rope_parameters), model.config.max_position_embeddings),
         "vocabulary": vocabulary_weights(model),
         "trained": [(parameter, parameter.requires_grad) for parameter in model.parameters()],
-        "attached": is_attached(model),
+        "hici": {name: tensor.clone() for name, tensor in hici_state_dict(model).items()} if attached else None,
     }
+
+
+def _configured(model: Any) -> list[Any]:
+    return [model, get_decoder(model)]
 
 
 def _undo(model: Any, before: dict[str, Any]) -> None:
@@ -241,11 +261,16 @@ def _undo(model: Any, before: dict[str, Any]) -> None:
             model.set_submodule(name, module)
     if hasattr(model, "peft_config"):
         del model.peft_config
-    if is_attached(model) and not before["attached"]:
+    if before["hici"] is not None:
+        model.load_state_dict(before["hici"], strict=False)  # the base's own weights are not in it
+    elif is_attached(model):
         detach(model)
     set_rope(model, *before["rope"])
     if any(module.weight is not weight for module, weight in before["vocabulary"]):
         shrink_vocabulary(model, before["vocabulary"])
+    for config, values in before["configs"]:
+        vars(config).clear()
+        vars(config).update(values)
     for parameter, trained in before["trained"]:  # PEFT froze them
         parameter.requires_grad_(trained)
 

@@ -32,15 +32,22 @@ def add_lora(
         The PeftModel around the same model.
 
     Raises:
-        ValueError: nothing is attached, or the model is a PEFT model already.
+        ValueError: nothing is attached, or the model is a PEFT model already; tied embeddings that PEFT would untie.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.utils.other import EMBEDDING_LAYER_NAMES
 
     if is_peft(model) or hasattr(model, "peft_config"):
         raise ValueError(f"{type(model).__name__} is a PEFT model already; give the model below it")
     if not is_attached(model):
         raise ValueError("HiCI is not attached to this model, and it goes below PEFT; call hici.attach(model) first")
     architecture = get_architecture(model.config.model_type)
+    tied = embeddings and bool(model.config.tie_word_embeddings)
+    if tied and architecture.embeddings not in EMBEDDING_LAYER_NAMES:
+        raise ValueError(
+            f"this {model.config.model_type} has its output layer tied to {architecture.embeddings}, which PEFT would "
+            "train apart from it; give embeddings=False (`train_embeddings: false` in a recipe)"
+        )
     to_save = [architecture.embeddings] * embeddings + list(architecture.norms) * norms
     config = LoraConfig(
         r=r,
@@ -49,7 +56,7 @@ def add_lora(
         target_modules=architecture.lora_regex(),
         modules_to_save=to_save or None,
         # without it PEFT trains a copy of the embeddings beside a head that stays as it was
-        ensure_weight_tying=embeddings and bool(model.config.tie_word_embeddings),
+        ensure_weight_tying=tied,
         task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -11,6 +11,7 @@ AutoModel build them.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import logging
@@ -23,18 +24,20 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hici.adapters.base_files import BaseFiles, base_directory
+from hici.adapters.base_files import BaseFiles, base_directory, files_fingerprints
 from hici.adapters.card import merged_card
 from hici.adapters.contents import read_contents
 from hici.adapters.hub import find_directory
-from hici.adapters.load import base_name
+from hici.adapters.load import base_name, check_fingerprint
 from hici.adapters.plan import Plan, make_plan
+from hici.adapters.weights import refuse_bad_values
 from hici.adapters.write import copy_tokenizer
 from hici.config import HiCIConfig
-from hici.files import atomic_directory, check_target, read_json, write_json, write_text
+from hici.files import atomic_directory, check_target, read_json, refuse_sources, write_json, write_text
+from hici.models.architectures import get_architecture
 from hici.models.architectures.base import is_hici_name
 from hici.models.bridge import HICI
-from hici.models.load import load_config, meta_model
+from hici.models.load import load_config, meta_model, stable_name
 from hici.models.merged import AUTO_CLASSES, REMOTE_FILE, remote_code
 from hici.models.modes import ATTENTIONS
 from hici.models.vocabulary import grown_rows
@@ -69,7 +72,7 @@ def merge(
     context_length: int | None = None,
     config: HiCIConfig | dict[str, Any] | None = None,
     attention: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "2GB",
     overwrite: bool = False,
     revision: str | None = None,
@@ -96,12 +99,13 @@ def merge(
     """
     if kind not in KINDS:
         raise ValueError(suggest(str(kind), KINDS, "kind of merge"))
+    dtype = _floating(dtype)
     target = Path(target).expanduser()
     check_target(target, overwrite=overwrite, marker=MERGE_FILE)
     contents = read_contents(find_directory(adapter, revision), str(adapter))
     name = base_name(contents, base_model)
     directory = base_directory(name)
-    _refuse_own_source(target, contents.directory, directory)
+    refuse_sources(target, contents.directory, directory)
     base_config = load_config(str(directory))
     _refuse_quantised(base_config, name)
     plan = make_plan(contents, base_config, context_length=context_length, config=config)
@@ -110,113 +114,191 @@ def merge(
                          "as plain")  # fmt: skip
     _refuse_other_lora(plan)
     mode = _attention(attention, plan, kind)
-    meta = meta_model(base_config)
-    sources = BaseFiles(directory, meta)
-    shapes = {n: shape for n, shape in plan.shapes.items() if kind == "hici" or not is_hici_name(n)}
-    _refuse_gaps(shapes, plan, sources)
-    main_dtype = dtype or sources.dtype()
+    sources = _sources(directory, name, base_config, plan)
+    job = Job(plan, sources, kind, dtype or sources.dtype(), cast_all=dtype is not None)
+    job.check(base_config.vocab_size)
     with atomic_directory(target, overwrite=overwrite, marker=MERGE_FILE) as temporary:
-        _write_weights(temporary, shapes, plan, sources, dtype, main_dtype, max_shard_size, progress)
-        _write_config(temporary, plan, base_config, type(meta).__name__, main_dtype, mode if kind == "hici" else None)
+        _write_weights(temporary, job, max_shard_size, progress)
+        _write_config(temporary, job, base_config, mode)
         _write_tokenizer(temporary, [contents.directory, directory], plan.context_length)
         if (directory / "generation_config.json").is_file():
             write_json(temporary / "generation_config.json", read_json(directory / "generation_config.json"))
-        record = contents.record
-        stable = name if not Path(name).is_dir() else str(Path(name).resolve())
-        hici = None if plan.hici is None else plan.hici.to_dict()
-        card = merged_card(target.name, kind, stable, hici, plan.context_length, plan.rope_parameters, mode,
-                           record.training if record else None)  # fmt: skip
-        write_text(temporary / "README.md", card)
-        write_json(temporary / MERGE_FILE, {
-            "kind": kind, "adapter": str(adapter), "base_model": stable, "context_length": plan.context_length,
-            "hici": hici, "attention": mode, "dtype": str(main_dtype).removeprefix("torch."),
-            "made_with": provenance(),
-        })  # fmt: skip
+        _write_about(temporary, job, target.name, str(adapter), stable_name(name), mode)
     return target
 
 
-def _write_weights(
-    directory: Path,
-    shapes: dict[str, list[int]],
-    plan: Plan,
-    sources: BaseFiles,
-    dtype: torch.dtype | None,
-    main_dtype: torch.dtype,
-    max_shard_size: int | str,
-    progress: Progress | None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a merge makes.
+
+    Attributes:
+        dtype: the merged model's; with `cast_all` of every tensor, else each of the base's keeps its own.
+    """
+
+    plan: Plan
+    sources: BaseFiles
+    kind: str
+    dtype: torch.dtype
+    cast_all: bool
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of all tensors that are written, by their names in the model."""
+        shapes = {n: s for n, s in self.plan.shapes.items() if self.kind == "hici" or not is_hici_name(n)}
+        if self.plan.head is not None:  # tied in the base, and no longer
+            shapes[f"{self.plan.head}.weight"] = shapes[self._embedding()]
+        return shapes
+
+    def _embedding(self) -> str:
+        architecture = get_architecture(self.sources.model_type)
+        return next(name for name in self.plan.shapes if name.endswith(f"{architecture.embeddings}.weight"))
+
+    def _is_embedding(self, name: str) -> bool:
+        """Whether a trained tensor is the trained embedding once more (PEFT writes a tied head so)."""
+        embedding = self.plan.contents.tensors.get(self._embedding())
+        if embedding is None or not self.plan.tied or self.plan.head is not None:
+            return False
+        return torch.equal(self.plan.contents.tensors[name], embedding)
+
+    def source(self, name: str) -> Tensor | None:
+        """The base's own tensor of that name; None: it has none."""
+        if self.plan.head is not None and name == f"{self.plan.head}.weight" and name not in self.sources:
+            name = self._embedding()
+        return self.sources.get(name) if name in self.sources else None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is written."""
+        source = None if self.cast_all else self.source(name)
+        return self.dtype if source is None else source.dtype
+
+    def file_name(self, name: str) -> str:
+        """The name in the merged files. plain: the base's own, which its readers know; hici: the class's, since
+        transformers translates old names for its own classes only."""
+        return name if self.kind == "hici" else self.sources.file_names.get(name, name)
+
+    def check(self, base_vocabulary: int) -> None:
+        """Raise ValueError when the base lacks a tensor, or a trained one has no place in what is written."""
+        shapes, contents = self.shapes, self.plan.contents
+        rows = {self._embedding(), *(n for n in shapes if n.startswith(("lm_head.", f"{self.plan.head}.")))}
+        for name, shape in shapes.items():
+            if name in contents.tensors:
+                continue
+            source = self.source(name)
+            if source is None:
+                raise ValueError(f"{self.sources.directory} lacks {name}, a weight of the model; give complete weights")
+            found = list(source.shape)
+            grows = name in rows and found == [base_vocabulary, *shape[1:]] and shape[0] == self.plan.vocab_size
+            if found != shape and not grows:
+                raise ValueError(f"{self.sources.directory}: {name} has shape {found} instead of {shape}; give the "
+                                 "weights that belong to its config.json")  # fmt: skip
+        folded = {f"{module}.lora_{part}.weight" for module in self.plan.scaling for part in "AB"
+                  if f"{module}.weight" in shapes}  # fmt: skip
+        written = shapes.keys() | folded
+        lost = [name for name in contents.tensors if name not in written
+                and not (self.kind == "plain" and is_hici_name(name)) and not self._is_embedding(name)]  # fmt: skip
+        if lost:
+            raise ValueError(f"{contents.directory}: {len(lost)} trained tensors have no place in the merged model "
+                             f"({', '.join(sorted(lost)[:4])}); load it and use PEFT's merge_and_unload")  # fmt: skip
+
+
+def _sources(directory: Path, name: str, base_config: Any, plan: Plan) -> BaseFiles:
+    """The base's weights, if they are those that the adapter was made on."""
+    meta = meta_model(base_config)
+    sources = BaseFiles(directory, meta, drop_modules=plan.hici is not None)
+    record = plan.contents.record
+    if record is not None and record.base_fingerprint not in files_fingerprints(sources, meta):
+        check_fingerprint(files_fingerprints(sources, meta)[0], plan.contents, name)
+    return sources
+
+
+def _write_weights(directory: Path, job: Job, max_shard_size: int | str, progress: Progress | None) -> None:
     """Shard after shard, each tensor made when its shard is written."""
-    # plain: the base's own names, which its readers know; hici: the class's names, since transformers translates old
-    # ones for its own classes only
-    keeps = any(is_hici_name(name) for name in shapes)
-    stored = {name if keeps else sources.file_names.get(name, name): name for name in shapes}
-
-    def dtype_of(name: str) -> torch.dtype:
-        return dtype or (sources.get(name).dtype if name in sources else main_dtype)
-
-    empty = {file_name: torch.empty(shapes[name], dtype=dtype_of(name), device="meta")
+    shapes = job.shapes
+    stored = {job.file_name(name): name for name in shapes}
+    empty = {file_name: torch.empty(shapes[name], dtype=job.dtype_of(name), device="meta")
              for file_name, name in stored.items()}  # fmt: skip
-    plan_of_shards = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size,
-                                                        filename_pattern="model{suffix}.safetensors")  # fmt: skip
-    done = 0
-    for file, file_names in plan_of_shards.filename_to_tensors.items():
+    shards = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size,
+                                                filename_pattern="model{suffix}.safetensors")  # fmt: skip
+    done, rounded = 0, 0
+    for file, file_names in shards.filename_to_tensors.items():
         tensors = {}
         for file_name in file_names:
             name = stored[file_name]
-            tensors[file_name] = _merged_tensor(name, shapes[name], plan, sources).to(dtype_of(name)).contiguous()
+            exact = _merged_tensor(name, shapes[name], job)
+            tensors[file_name] = exact.to(job.dtype_of(name)).contiguous()
+            rounded += torch.promote_types(exact.dtype, job.dtype_of(name)) != job.dtype_of(name)
             done += 1
             if progress is not None:
                 progress(done, len(stored))
+        refuse_bad_values(tensors, f"the merge in {job.dtype}")
         save_file(tensors, directory / file, metadata={"format": "pt"})
         del tensors
         gc.collect()
-    if plan_of_shards.is_sharded:
+    if rounded:
+        logger.warning("%d of %d merged tensors were rounded to %s; dtype=torch.float32 (--dtype float32) keeps them "
+                       "exactly", rounded, len(stored), job.dtype)  # fmt: skip
+    if shards.is_sharded:
         write_json(directory / "model.safetensors.index.json",
-                   {"metadata": plan_of_shards.metadata, "weight_map": plan_of_shards.tensor_to_filename})  # fmt: skip
+                   {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})  # fmt: skip
 
 
-def _merged_tensor(name: str, shape: list[int], plan: Plan, sources: BaseFiles) -> Tensor:
-    contents = plan.contents
+def _merged_tensor(name: str, shape: list[int], job: Job) -> Tensor:
+    """One tensor of the merged model; where LoRA is, in float32."""
+    contents = job.plan.contents
     trained = contents.tensors.get(name)
     if trained is not None:
         weight = trained.reshape(shape)  # the gate as [1] or []
     else:
-        weight = sources.get(name)
-        if list(weight.shape) != shape:
-            weight = grown_rows(weight, shape[0])
+        source = job.source(name)
+        assert source is not None  # Job.check
+        weight = source if list(source.shape) == shape else grown_rows(source, shape[0])
     module = name.removesuffix(".weight")
-    if name.endswith(".weight") and module in plan.scaling:
+    if name.endswith(".weight") and module in job.plan.scaling:
         a_rD, b_Cr = (contents.tensors[f"{module}.lora_{part}.weight"].float() for part in "AB")
-        weight = torch.addmm(weight.float(), b_Cr, a_rD, alpha=plan.scaling[module])
+        weight = torch.addmm(weight.float(), b_Cr, a_rD, alpha=job.plan.scaling[module])
     return weight
 
 
-def _write_config(
-    directory: Path, plan: Plan, base_config: Any, parent: str, dtype: torch.dtype, attention: str | None
-) -> None:
-    """config.json; `attention`: the mode of a model that keeps its modules, None for a plain one."""
+def _write_config(directory: Path, job: Job, base_config: Any, attention: str) -> None:
+    plan = job.plan
     config = copy.deepcopy(base_config)
     config_rope_parameters(config, plan.rope_parameters, plan.positions)
     config.vocab_size = plan.vocab_size
     values = config.to_diff_dict()
     for key in ("_name_or_path", "hici", "auto_map", "quantization_config"):
         values.pop(key, None)
-    short = str(dtype).removeprefix("torch.")
+    parent, short = type(meta_model(base_config)).__name__, str(job.dtype).removeprefix("torch.")
     values |= {
         "architectures": [parent],
         # even where they are the class's defaults: other readers have others
         "rope_parameters": plan.rope_parameters,
         "max_position_embeddings": plan.positions,
         "vocab_size": plan.vocab_size,
+        "tie_word_embeddings": plan.tied and plan.head is None,
         "dtype": short,
     }
     values |= _for_older_readers(plan.rope_parameters, short)
-    if attention is not None:
+    if job.kind == "hici":
         assert plan.hici is not None  # merge
         values["hici"] = {**plan.hici.to_dict(), "attention": attention}
         values["auto_map"] = dict.fromkeys(AUTO_CLASSES, f"{Path(REMOTE_FILE).stem}.{parent}")
         write_text(directory / REMOTE_FILE, remote_code(parent))
     write_json(directory / "config.json", json.loads(json.dumps(values, default=str)))
+
+
+def _write_about(directory: Path, job: Job, title: str, adapter: str, base: str, attention: str) -> None:
+    """The model card, and how the merge was made."""
+    plan, record = job.plan, job.plan.contents.record
+    hici = None if plan.hici is None else plan.hici.to_dict()
+    write_text(directory / "README.md", merged_card(
+        title, job.kind, base, hici, plan.context_length, plan.rope_parameters, attention,
+        record.training if record else None,
+    ))  # fmt: skip
+    write_json(directory / MERGE_FILE, {
+        "kind": job.kind, "adapter": adapter, "base_model": base, "context_length": plan.context_length,
+        "hici": hici, "attention": attention, "dtype": str(job.dtype).removeprefix("torch."),
+        "made_with": provenance(),
+    })  # fmt: skip
 
 
 def _for_older_readers(rope: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -259,12 +341,6 @@ def _attention(given: str | None, plan: Plan, kind: str) -> str:
     return given or (record.attention if record is not None else HICI)
 
 
-def _refuse_own_source(target: Path, *sources: Path) -> None:
-    for source in sources:
-        if target.resolve() == source.resolve():
-            raise ValueError(f"{target} is what is read, and cannot be what is written; give another directory")
-
-
 def _refuse_quantised(config: Any, name: str) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"the base {name!r} is quantised, and LoRA can't be folded into its packed weights; give the "
@@ -279,22 +355,18 @@ def _refuse_other_lora(plan: Plan) -> None:
     special = [key for key, value in values.items() if key not in _FOLDABLE and value != plain.get(key)]
     if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in ("gaussian", "orthogonal"):
         special.append("init_lora_weights")  # PiSSA and its like change the base's weights
+    if not special:
+        special = [name for name in plan.contents.lora if not name.endswith((".lora_A.weight", ".lora_B.weight"))][:1]
     if special:
+        said = ", ".join(f"{key}={values[key]}" if key in values else key for key in special)
         raise ValueError(
-            f"{plan.contents.directory}: LoRA with {', '.join(f'{key}={values[key]}' for key in special)} is more "
-            "than W + s B A, which is all that merge folds; load it and use PEFT's merge_and_unload"
+            f"{plan.contents.directory}: LoRA with {said} is more than W + s B A, which is all that merge folds; load "
+            "it and use PEFT's merge_and_unload"
         )
 
 
-def _refuse_gaps(shapes: dict[str, list[int]], plan: Plan, sources: BaseFiles) -> None:
-    lost = [name for name in shapes if name not in plan.contents.tensors and name not in sources]
-    if lost:
-        raise ValueError(f"{sources.directory} lacks {len(lost)} weights of the model ({', '.join(sorted(lost)[:4])}); "
-                         "give complete weights")  # fmt: skip
-    for name, shape in shapes.items():
-        if name in sources and name not in plan.contents.tensors:
-            found = list(sources.get(name).shape)
-            grows = found[1:] == shape[1:] and found[0] < shape[0] == plan.vocab_size
-            if found != shape and not grows:
-                raise ValueError(f"{sources.directory}: {name} has shape {found} instead of {shape}; give the weights "
-                                 "that belong to its config.json")  # fmt: skip
+def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and (not isinstance(found, torch.dtype) or not found.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} is no floating-point dtype; give float32, bfloat16 or float16")
+    return found

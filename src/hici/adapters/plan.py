@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from hici.adapters.contents import Contents, config_of, is_lora_name
+from hici.adapters.file_names import LORA_CONFIG_FILE
 from hici.adapters.hub import context_of_name
 from hici.config import HiCIConfig
 from hici.models.architectures import get_architecture
 from hici.models.architectures.base import is_hici_name
 from hici.models.attach import attach, hici_state_dict, is_peft
-from hici.models.load import meta_model
-from hici.models.vocabulary import grow_vocabulary
+from hici.models.load import first_line, meta_model
+from hici.models.vocabulary import grow_rows
 from hici.rope import extended_rope
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -37,6 +38,8 @@ class Plan:
         vocab_size: rows of its embeddings.
         modules_to_save: what was trained whole, by PEFT's names for it.
         tied: the base's output layer is its embedding.
+        head: the output layer's name, where it is tied in the base, and the adapter makes it another than the
+            embedding; else None.
         scaling: LoRA's factor of B A, by the module that it wraps.
         shapes: of all tensors of the adapted model (LoRA apart), under their plain names.
     """
@@ -49,6 +52,7 @@ class Plan:
     vocab_size: int
     modules_to_save: list[str]
     tied: bool
+    head: str | None = None
     scaling: dict[str, float] = dataclasses.field(default_factory=dict)
     shapes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
@@ -62,7 +66,7 @@ class Plan:
             return None
         from peft import LoraConfig
 
-        file = self.contents.directory / "adapter_config.json"
+        file = self.contents.directory / LORA_CONFIG_FILE
         try:
             config = LoraConfig.from_pretrained(str(self.contents.directory))
         except (TypeError, KeyError, ValueError) as error:
@@ -137,13 +141,19 @@ def peft_tensors(wrapped: Any) -> dict[str, Tensor]:
 
 def _dry_run(plan: Plan, meta: Any) -> Plan:
     """Build the adapted model on the meta device and compare every name and shape."""
-    grow_vocabulary(meta, plan.vocab_size)
+    grow_rows(meta, plan.vocab_size)
     if plan.hici is not None:
         attach(meta, plan.hici)
     shapes = {name: list(tensor.shape) for name, tensor in _own_tensors(meta).items()}
     expected = dict(hici_state_dict(meta)) if plan.hici is not None else {}
-    with torch.device("meta"):  # PEFT makes the copy of a tied head anew
-        wrapped = wrap_in_peft(meta, plan)
+    try:
+        with torch.device("meta"):  # PEFT makes the copy of a tied head anew
+            wrapped = wrap_in_peft(meta, plan)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{plan.contents.directory / LORA_CONFIG_FILE} does not fit {meta.config.name_or_path!r} "
+            f"({first_line(error)}); give the base that it was made on, or copy the file again"
+        ) from error
     expected |= peft_tensors(wrapped)
     check_tensors({name: list(tensor.shape) for name, tensor in expected.items()}, plan.contents)
     scaling = {}
@@ -152,7 +162,23 @@ def _dry_run(plan: Plan, meta: Any) -> Plan:
             factors = getattr(module, "scaling", None)  # a dict on PEFT's layers, a number on attention modules
             if isinstance(factors, dict) and "default" in factors:
                 scaling[name] = float(factors["default"])
-    return dataclasses.replace(plan, scaling=scaling, shapes=shapes)
+    head = _untied_head(meta) if plan.tied else None
+    return dataclasses.replace(plan, scaling=scaling, shapes=shapes, head=head)
+
+
+def _untied_head(model: Any) -> str | None:
+    """The output layer's name when its weight is no longer the embedding's: trained apart, or left behind by it."""
+    head = model.get_output_embeddings()
+    if _weight_in_use(head) is _weight_in_use(model.get_input_embeddings()) and not hasattr(head, "lora_A"):
+        return None
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _weight_in_use(module: Any) -> Any:
+    copies = getattr(module, "modules_to_save", None)  # of PEFT's wrapper
+    if copies is not None and "default" in copies:
+        return copies["default"].weight
+    return module.base_layer.weight if hasattr(module, "base_layer") else module.weight
 
 
 def _own_tensors(model: Any) -> dict[str, Tensor]:
@@ -244,6 +270,8 @@ def _module_of(name: str) -> str:
 def _rope(contents: Contents, model_config: Any, context_length: int | None) -> tuple[dict[str, Any], int, int]:
     """(rope parameters, positions, context) of the adapted model."""
     record, positions = contents.record, model_config.max_position_embeddings
+    if context_length is not None and (type(context_length) is not int or context_length < 1):
+        raise ValueError(f"context_length={context_length!r} is not an integer >= 1; give the number of tokens")
     if record is not None:
         if context_length not in (None, record.context_length):
             raise ValueError(

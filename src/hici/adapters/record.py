@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from hici.adapters.file_names import RECORD_FILE
 from hici.config import HiCIConfig
 from hici.files import read_json
 from hici.registry import suggest
 from hici.rope import check_rope_parameters
 
 FORMAT_VERSION = 2
-RECORD_FILE = "hici_config.json"
 LAYOUTS = ("hici", "released")
 
 # keys that format 1 did not have, with what it meant by that

@@ -8,8 +8,9 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 
 from hici.adapters.card import adapter_card
+from hici.adapters.file_names import RECORD_FILE
 from hici.adapters.plan import peft_tensors
-from hici.adapters.record import RECORD_FILE, Record
+from hici.adapters.record import Record
 from hici.adapters.weights import refuse_bad_values
 from hici.adapters.write import write_hici
 from hici.files import atomic_directory, check_target, write_text
@@ -24,6 +25,7 @@ from hici.models.attach import (
     write_config,
 )
 from hici.models.fingerprint import base_checksums, changed_tensors
+from hici.models.load import load_config, stable_name
 from hici.models.vocabulary import vocabulary_size
 from hici.provenance import provenance
 
@@ -57,6 +59,8 @@ def save_pretrained(
     check_target(directory, overwrite=overwrite, marker=RECORD_FILE)
     _refuse_unsavable(model)
     _refuse_losses(model)
+    _refuse_resized(model)
+    _check_context(context_length, lm.config.max_position_embeddings)
     tensors = {**hici_state_dict(model), **peft_tensors(model)}
     refuse_bad_values(tensors, "this model")
     decoder = get_decoder(model)
@@ -66,7 +70,7 @@ def save_pretrained(
         context_length=context_length or lm.config.max_position_embeddings,
         rope_parameters=dict(lm.config.rope_parameters),
         max_position_embeddings=lm.config.max_position_embeddings,
-        base_model=_stable_name(lm.config.name_or_path),
+        base_model=stable_name(lm.config.name_or_path),
         base_model_type=lm.config.model_type,
         base_fingerprint=decoder.hici_attached.base_fingerprint,
         peft=peft,
@@ -107,6 +111,30 @@ def _refuse_unsavable(model: Any) -> None:
                          "holds; wrap the attached model with hici.add_lora")  # fmt: skip
 
 
+def _check_context(context_length: int | None, positions: int) -> None:
+    if context_length is not None and (type(context_length) is not int or not 1 <= context_length <= positions):
+        raise ValueError(f"context_length={context_length!r} is not a number of tokens from 1 to the {positions} "
+                         "positions of the model's rope; leave it out, or call hici.extend_rope first")  # fmt: skip
+
+
+def _refuse_resized(model: Any) -> None:
+    """Rows that nobody can make again: the base has fewer, and they do not come from the published rule."""
+    lm, decoder = get_causal_lm(model), get_decoder(model)
+    if hasattr(decoder, "hici_base_fingerprint") or not Path(str(lm.config.name_or_path)).is_dir():
+        return
+    try:
+        own = load_config(lm.config.name_or_path).vocab_size
+    except ValueError:
+        return
+    rows = vocabulary_size(model)
+    if rows != own:
+        raise ValueError(
+            f"the embeddings have {rows} rows, but the base {lm.config.name_or_path!r} has {own}, and what was resized "
+            "by hand cannot be made again at loading; call hici.grow_vocabulary(model, size) on the base instead of "
+            "model.resize_token_embeddings, before hici.attach"
+        )
+
+
 def _refuse_losses(model: Any) -> None:
     """Trained weights that neither PEFT nor the HiCI modules hold are not in the directory."""
     before = get_decoder(model).hici_attached.base_checksums
@@ -121,8 +149,3 @@ def _refuse_losses(model: Any) -> None:
             "this directory holds HiCI modules and PEFT's part only: they would be lost; train through hici.add_lora "
             "(modules_to_save), or use model.save_pretrained for the whole model"
         )
-
-
-def _stable_name(name: str) -> str:
-    """A local base by its absolute path, so that the adapter loads from any working directory."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name

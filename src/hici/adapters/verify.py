@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from hici.adapters.base_files import BaseFiles
-from hici.adapters.contents import Contents, config_of, is_adapter_directory, is_module_name, read_contents
+from hici.adapters.contents import (
+    Contents,
+    config_of,
+    is_adapter_directory,
+    is_lora_name,
+    is_module_name,
+    read_contents,
+)
 from hici.adapters.hub import context_of_name, find_directory
 from hici.adapters.load import base_name
 from hici.adapters.plan import check_rank, make_plan
@@ -19,7 +26,8 @@ from hici.adapters.write import TOKENIZER_FILES
 from hici.config import HiCIConfig
 from hici.core.global_integration import GlobalIntegrator
 from hici.core.local_construction import LocalConstructor
-from hici.models.load import first_line, load_config, meta_model
+from hici.models.architectures.base import is_hici_name
+from hici.models.load import first_line, load_config, meta_model, tokenizer_size
 from hici.models.merged import is_merged_directory, merged_class
 
 OK, PROBLEM, UNKNOWN = "ok", "problem", "not checked"
@@ -113,7 +121,7 @@ def _verify_model(path: Path, name: str) -> Report:
     rope = f"{model_config.rope_parameters}, {model_config.max_position_embeddings:,} positions"
     without = "give one before generating text"
     return Report(name, kind, [
-        _try("complete", lambda: _all_there(meta, files)),
+        _try("complete", lambda: _all_there(meta, files, path)),
         _try("values", lambda: _all_finite(files)),
         Check("rope", OK, rope),
         _try("tokenizer", lambda: _tokenizer(path, model_config.vocab_size, without)),
@@ -125,7 +133,14 @@ def _merged_on_meta(model_config: Any) -> Any:
         return merged_class(model_config)(model_config)
 
 
-def _all_there(meta: Any, files: BaseFiles) -> tuple[str, str]:
+def _all_there(meta: Any, files: BaseFiles, path: Path) -> tuple[str, str]:
+    code = {
+        reference.split("--")[-1].split(".")[0] + ".py"
+        for reference in (getattr(meta.config, "auto_map", None) or {}).values()
+    }
+    gone = sorted(name for name in code if not (path / name).is_file())
+    if gone:
+        raise ValueError(f"config.json names the code {', '.join(gone)}, which is not there; copy it again")
     expected = dict(meta.named_parameters())
     wrong = [n for n, p in expected.items() if n not in files or files.get(n).shape != p.shape]
     if wrong:
@@ -158,7 +173,13 @@ def _complete(contents: Contents, config: HiCIConfig | dict[str, Any] | None) ->
     if sorted(layers) != list(range(len(layers))):
         gone = sorted(set(range(max(layers) + 1)) - set(layers))
         raise ValueError(f"nothing of layers {gone[:8]} is there (missing); copy the files again")
-    every = {name: shape for layer in layers.values() for name, shape in layer.items()}
+    config_of_lora = contents.lora_config or {}
+    by_layer = any(config_of_lora.get(key) for key in ("rank_pattern", "layers_to_transform", "layers_pattern"))
+    # of the base's own weights, norms are trained in all layers, and whatever else in those that somebody chose
+    alike = [name for layer in layers.values() for name in layer
+             if is_hici_name("." + name) or "norm" in name or (is_lora_name(name) and not by_layer)]  # fmt: skip
+    alike = [name for name in alike if not (is_lora_name(name) and by_layer)]
+    every = {name: shape for layer in layers.values() for name, shape in layer.items() if name in set(alike)}
     for number, layer in layers.items():
         for name, shape in every.items():
             if layer.get(name) != shape:
@@ -252,12 +273,7 @@ def _embedding_rows(contents: Contents) -> int | None:
 def _tokenizer(path: Path, rows: int | None, without: str) -> tuple[str, str]:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         return UNKNOWN, f"there is none here: {without}"
-    from transformers import AutoTokenizer
-
-    try:
-        size = len(AutoTokenizer.from_pretrained(str(path)))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"its files cannot be read ({first_line(error)}); copy them again") from error
+    size = tokenizer_size(path)
     if rows is None:
         return OK, f"{size:,} entries (the embeddings are the base's)"
     if size > rows:

@@ -12,8 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hici.models.load import first_line
+
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
            "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+           "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
            "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
 _LFS_POINTER = b"version https://git-lfs"
 _WEB_PAGE = (b"<!doctype", b"<html", b"<?xml", b"<head")
@@ -57,6 +60,8 @@ def bad_values(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _all_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1:  # float8 has no comparison
+        tensor = tensor.float()
     # one pass without temporaries: the smallest and the largest are NaN where any is
     return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
@@ -99,11 +104,12 @@ def _unpickle(file: Path, device: str) -> dict[str, Tensor]:
                 values = torch.load(file, map_location=device, weights_only=True)  # the format before torch 1.6
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} is a pickle that holds something else than tensors, and nothing of it was run ({_first(error)}); "
+            f"{file} is a pickle that holds something else than tensors, and nothing of it was run "
+            f"({first_line(error)}); "
             "such a file can carry code: get the weights from a source that you trust, as safetensors if there are any"
         ) from error
     except Exception as error:
-        raise ValueError(f"{file} is damaged or not whole ({_first(error)}); copy the file again") from error
+        raise ValueError(f"{file} is damaged or not whole ({first_line(error)}); copy the file again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__} and no tensors by name; give the weights themselves")
     others = [str(name) for name, value in values.items() if not isinstance(value, Tensor) or not isinstance(name, str)]
@@ -113,7 +119,3 @@ def _unpickle(file: Path, device: str) -> dict[str, Tensor]:
             "dropped; take them out, or give the file that the training wrote"
         )
     return dict(values)
-
-
-def _first(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,17 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hici.adapters.contents import (
+from hici.adapters.contents import PEFT_PREFIX, is_lora_name, is_module_name
+from hici.adapters.file_names import (
     HICI_FILE,
     LORA_CONFIG_FILE,
     LORA_FILE,
-    PEFT_PREFIX,
     PICKLED_LORA_FILE,
+    RECORD_FILE,
     TRAINABLE_FILE,
-    is_lora_name,
-    is_module_name,
 )
-from hici.adapters.record import RECORD_FILE, Record
+from hici.adapters.record import Record
 from hici.files import write_json
 
 TOKENIZER_FILES = (

@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hici.adapters import file_names
 from hici.registry import suggest
 
 ATTENTIONS = ("full", "hici", "hici_s2")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# of hici.adapters.contents, without importing torch
-_ADAPTER_FILES = ("hici_config.json", "adapter_config.json", "trainable_params.bin", "hici_model.safetensors")
-
 MODEL_HELP = "adapter directory (ours or released), directory of a transformers model, or a hub name"
 
 LOADING_NOTES = """\
@@ -95,11 +93,11 @@ def model_kind(name: str) -> str:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if any((path / file).is_file() for file in _ADAPTER_FILES):
+        if any((path / file).is_file() for file in file_names.ALL):
             return "adapter"
         if not (path / "config.json").is_file():
             raise ValueError(
-                f"{name} has neither {_ADAPTER_FILES[0]} nor config.json, so it holds no model; check the path"
+                f"{name} has neither {file_names.RECORD_FILE} nor config.json, so it holds no model; check the path"
             )
         from hici.models.merged import is_merged_directory
 
@@ -108,9 +106,9 @@ def model_kind(name: str) -> str:
         raise ValueError(f"{name} is a file, but a model is a directory or a hub name; give its directory")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"{name} does not exist, and it is no hub name (owner/name); check the path")
-    from hici.adapters.hub import holds_adapter
+    from hici.adapters.hub import repository_kind
 
-    return "adapter" if holds_adapter(name) else "plain"
+    return repository_kind(name)
 
 
 def expand_home(args: argparse.Namespace, *names: str) -> None:

@@ -13,19 +13,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hici.adapters.contents import (
-    HICI_FILE,
-    LORA_FILE,
-    PICKLED_LORA_FILE,
-    TRAINABLE_FILE,
-    Contents,
-    config_of,
-    read_contents,
-)
-from hici.adapters.hub import context_of_name, find_directory, holds_adapter
+from hici.adapters.contents import Contents, config_of, read_contents
+from hici.adapters.file_names import HICI_FILE, LORA_FILE, PICKLED_LORA_FILE, RECORD_FILE, TRAINABLE_FILE
+from hici.adapters.hub import context_of_name, find_directory, repository_kind
 from hici.adapters.load import install
 from hici.adapters.plan import make_plan
-from hici.adapters.record import RECORD_FILE
 from hici.adapters.weights import tensor_shapes
 from hici.dropin.modules import Registered, apply_constants, get_registered, positive_integer
 from hici.models.architectures.base import is_hici_name
@@ -98,7 +90,7 @@ def _hici_directory(given: dict[str, Any]) -> Path | None:
     """The local directory of the adapter, if it holds HiCI tensors (possibly damaged ones); None: leave it to PEFT."""
     model_id, subfolder, revision = str(given["model_id"]), given.get("subfolder") or "", given.get("revision")
     if not Path(model_id).expanduser().is_dir():
-        if not holds_adapter(model_id, revision, subfolder):
+        if repository_kind(model_id, revision, subfolder) != "adapter":
             return None
     elif not _holds_hici(Path(model_id).expanduser() / subfolder):
         return None

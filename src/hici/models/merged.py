@@ -7,15 +7,27 @@ then builds the model with its modules, in the attention mode that was saved, wh
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 
-from hici.config import HiCIConfig
-from hici.models.attach import attach, attention_modules, reconfigure, saved_config, write_config
-from hici.models.load import first_line
+from hici.config import HiCIConfig, given_fields
+from hici.files import write_text
+from hici.models.architectures.base import HICI_MODULES
+from hici.models.attach import (
+    attach,
+    attention_modules,
+    reconfigure,
+    remember_base,
+    saved_config,
+    write_config,
+)
+from hici.models.load import read_errors
 from hici.models.modes import ATTENTIONS, set_attention
 
 REMOTE_FILE = "modeling_hici.py"
@@ -49,8 +61,8 @@ class HiCIMixin:
                              "give the config.json of a merged HiCI model")  # fmt: skip
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg] # of the causal LM behind
         attach(self, hici)
-        for attention in attention_modules(self):
-            _make_gate_scalar(attention.global_integrator)
+        # transformers compares the shapes of files and parameters without load_state_dict's hooks
+        _reshape_gates(self, ())
         if asked is None:
             set_attention(self, mode)
         else:
@@ -59,33 +71,57 @@ class HiCIMixin:
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but no weight stays random.
+        """As in transformers, but no weight stays random, and a quantised model keeps its modules whole.
 
         Raises:
             ValueError: weights are missing, left over or of another shape.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc] # as below
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _sparing_modules(kwargs["quantization_config"])
+        model, info = super().from_pretrained(  # type: ignore[misc] # of the causal LM behind
+            *args, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True}
+        )
         problems = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
         if problems:
             raise ValueError(f"{model.config.name_or_path} lacks or misshapes {len(problems)} tensors "
                              f"({', '.join(sorted(problems)[:4])}); copy the weights again")  # fmt: skip
+        _reshape_gates(model, (1,))  # as everywhere else: FSDP2 shards dimension 0
+        remember_base(model)  # the constructor saw no weights
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; config.json gets the attention mode that the model is in."""
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; config.json gets the attention mode that the model is in, and the code comes with it."""
         write_config(self)
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc] # of the causal LM behind
+        saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc] # as above
+        if kwargs.get("is_main_process", True):
+            write_text(Path(save_directory) / REMOTE_FILE, remote_code(type(self).__name__))
+        return saved
 
 
-def _make_gate_scalar(integrator: Any) -> None:
-    """transformers compares the shapes of files and parameters without load_state_dict's hooks: [], as published."""
-    gate = integrator.expand_scale_param
-    integrator.expand_scale_param = nn.Parameter(gate.detach().reshape(()), requires_grad=gate.requires_grad)
+def _reshape_gates(model: Any, shape: tuple[int, ...]) -> None:
+    for attention in attention_modules(model):
+        gate = attention.global_integrator.expand_scale_param
+        attention.global_integrator.expand_scale_param = nn.Parameter(
+            gate.detach().reshape(shape), requires_grad=gate.requires_grad
+        )
+
+
+def _sparing_modules(quantization_config: Any) -> Any:
+    """A bitsandbytes config that leaves the HiCI modules (and, as by default, the output layer) as they are."""
+    if getattr(quantization_config, "llm_int8_skip_modules", ()) is not None:
+        return quantization_config  # the caller decides, or the library has no such setting
+    sparing = copy.deepcopy(quantization_config)
+    sparing.llm_int8_skip_modules = [*HICI_MODULES, "lm_head"]
+    return sparing
 
 
 def saved_attention(model_config: Any) -> str:
     """The attention mode in a transformers config (`config.hici["attention"]`); "full" where there is none."""
-    values = getattr(model_config, "hici", None) or {}
+    values = getattr(model_config, "hici", None)
+    if values is None:
+        return "full"
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json: hici={values!r} is no dict of HiCIConfig's fields; copy the file again")
     mode = values.get("attention", "full")
     if mode not in ATTENTIONS:
         raise ValueError(
@@ -101,10 +137,19 @@ def remote_code(name: str) -> str:
 
 def merged_class(model_config: Any) -> type:
     """The merged class for a transformers config: what the remote code defines."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    return _merged_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)].__name__)
 
-    parent = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-    return type(parent.__name__, (HiCIMixin, parent), {"__module__": __name__})
+
+@functools.cache
+def _merged_class(name: str) -> type:
+    return type(name, (HiCIMixin, getattr(transformers, name)), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """A merged class by its name: pickles of a merged model look for it here."""
+    if name.endswith("ForCausalLM") and hasattr(transformers, name):
+        return _merged_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_merged_directory(directory: str | Path) -> bool:
@@ -133,23 +178,17 @@ def load_merged(
         dtype, device_map, quantization_config: as in transformers.
 
     Raises:
-        ValueError: weights are missing, left over or of another shape; a config that needs other modules.
+        ValueError: weights are missing, left over, damaged or of another shape; a config that needs other modules.
     """
-    from transformers import AutoConfig
-
     options: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
-    try:
-        model_config = AutoConfig.from_pretrained(directory)
+    with read_errors(directory):
+        model_config = transformers.AutoConfig.from_pretrained(directory)
         saved = saved_attention(model_config)
         model = merged_class(model_config).from_pretrained(  # type: ignore[attr-defined] # of the mixin
             directory, config=model_config, dtype=dtype or "auto", device_map=device_map, **options
         )
-    except (OSError, ImportError) as error:
-        raise ValueError(
-            f"the merged model {directory} could not be loaded ({first_line(error)}); copy it again"
-        ) from error
-    if config is not None:
-        changes = config.to_dict() if isinstance(config, HiCIConfig) else config
+    changes = given_fields(config)
+    if changes:
         reconfigure(model, **changes)
     set_attention(model, attention or saved)
     return model.requires_grad_(False).eval()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hici.models.attach import get_causal_lm, get_decoder
+from hici.models.attach import get_causal_lm, get_decoder, is_attached, is_peft
 from hici.models.fingerprint import base_fingerprint
 
 
@@ -16,7 +16,6 @@ def vocabulary_size(model: Any) -> int:
     return int(get_causal_lm(model).get_input_embeddings().weight.shape[0])
 
 
-@torch.no_grad()
 def grow_vocabulary(model: Any, size: int) -> Any:
     """Give the embeddings and the output layer of a plain causal LM `size` rows, in place.
 
@@ -24,8 +23,16 @@ def grow_vocabulary(model: Any, size: int) -> Any:
     remembered, so that an adapter saved later still knows its base.
 
     Raises:
-        ValueError: fewer rows than there are.
+        ValueError: fewer rows than there are; a PEFT model, or one with HiCI attached (both come after it).
     """
+    if is_peft(model) or hasattr(model, "peft_config") or is_attached(model):
+        raise ValueError("the vocabulary grows first, then comes hici.attach, then PEFT; give the plain base model")
+    return grow_rows(model, size)
+
+
+@torch.no_grad()
+def grow_rows(model: Any, size: int) -> Any:
+    """`grow_vocabulary`, also on an attached model (whose base must then be remembered anew)."""
     rows = vocabulary_size(model)
     if size < rows:
         raise ValueError(f"a vocabulary of {size} entries for a model with {rows}: entries would be lost; give the "
@@ -40,6 +47,8 @@ def grow_vocabulary(model: Any, size: int) -> Any:
     _grow(embeddings, size)
     if tied:
         model.tie_weights()
+        if head is not None:
+            _set_rows(head, size)
     else:
         _grow(head, size)
     _tell_size(model, size)
@@ -87,6 +96,6 @@ def _set_rows(module: Any, size: int) -> None:
 def _tell_size(model: Any, size: int) -> None:
     for config in {id(c): c for c in (model.config, get_decoder(model).config)}.values():
         config.vocab_size = size
-    model.vocab_size = size
-    if hasattr(get_decoder(model), "vocab_size"):
-        get_decoder(model).vocab_size = size
+    for module in (model, get_decoder(model)):
+        if hasattr(module, "vocab_size"):
+            module.vocab_size = size

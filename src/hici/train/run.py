@@ -15,8 +15,8 @@ import psutil
 import torch
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
+from hici.adapters.file_names import RECORD_FILE
 from hici.adapters.lora import add_lora, trainable_parameters
-from hici.adapters.record import RECORD_FILE
 from hici.adapters.save import save_pretrained
 from hici.data.documents import Document, load_documents
 from hici.data.packing import content_hash, pack, split_documents
