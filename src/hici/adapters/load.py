@@ -243,7 +243,6 @@ def _remember(model: Any) -> dict[str, Any]:
         "configs": [
             (config, dict(vars(config))) for config in {id(m.config): m.config for m in _configured(model)}.values()
         ],
-        "rope": (dict(model.config.rope_parameters), model.config.max_position_embeddings),
         "vocabulary": vocabulary_weights(model),
         "trained": [(parameter, parameter.requires_grad) for parameter in model.parameters()],
         "hici": {name: tensor.clone() for name, tensor in hici_state_dict(model).items()} if attached else None,
@@ -265,7 +264,6 @@ def _undo(model: Any, before: dict[str, Any]) -> None:
         model.load_state_dict(before["hici"], strict=False)  # the base's own weights are not in it
     elif is_attached(model):
         detach(model)
-    set_rope(model, *before["rope"])
     if any(module.weight is not weight for module, weight in before["vocabulary"]):
         shrink_vocabulary(model, before["vocabulary"])
     for config, values in before["configs"]:

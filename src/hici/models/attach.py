@@ -176,6 +176,8 @@ def saved_config(model_config: Any) -> HiCIConfig | None:
     values = getattr(model_config, "hici", None)
     if values is None:
         return None
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json: hici={values!r} is no dict of HiCIConfig's fields; copy the file again")
     return HiCIConfig.from_dict({key: value for key, value in values.items() if key != "attention"})
 
 

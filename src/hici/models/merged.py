@@ -111,18 +111,13 @@ def _sparing_modules(quantization_config: Any) -> Any:
     if getattr(quantization_config, "llm_int8_skip_modules", ()) is not None:
         return quantization_config  # the caller decides, or the library has no such setting
     sparing = copy.deepcopy(quantization_config)
-    sparing.llm_int8_skip_modules = [*HICI_MODULES, "lm_head"]
+    sparing.llm_int8_skip_modules = [*(rf".*\.{name}\..*" for name in HICI_MODULES), "lm_head"]
     return sparing
 
 
 def saved_attention(model_config: Any) -> str:
     """The attention mode in a transformers config (`config.hici["attention"]`); "full" where there is none."""
-    values = getattr(model_config, "hici", None)
-    if values is None:
-        return "full"
-    if not isinstance(values, dict):
-        raise ValueError(f"config.json: hici={values!r} is no dict of HiCIConfig's fields; copy the file again")
-    mode = values.get("attention", "full")
+    mode = getattr(model_config, "hici", {}).get("attention", "full") if saved_config(model_config) else "full"
     if mode not in ATTENTIONS:
         raise ValueError(
             f"config.json: hici.attention={mode!r} is none of {', '.join(ATTENTIONS)}; copy the file again"
