@@ -1,4 +1,4 @@
-"""A golden adapter that a test may damage."""
+"""Adapters that a test may damage: a golden one, and one of ours."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
+import hici
+from adapter_models import make_base, make_trained
 from golden_checkpoint import CHECKPOINT, NEEDED
 
 
@@ -25,3 +27,12 @@ def released(tmp_path):
     for name in ("peft_fp32", "base"):
         shutil.copytree(CHECKPOINT / name, tmp_path / name)
     return Released(tmp_path / "peft_fp32", tmp_path / "base")
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """(base directory, trained model, adapter directory)."""
+    base = make_base(tmp_path / "base")
+    model = make_trained(base)
+    hici.save_pretrained(model, tmp_path / "adapter")
+    return base, model, tmp_path / "adapter"

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_adapter_directory import make_base, make_trained
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hici
+from adapter_models import make_base, make_trained
 from golden_checkpoint import CASES, CHECKPOINT, EXPECTED, IDS, MODES, NEEDED, TOLERANCE, VARIANTS
 from helpers import difference, logits, random_ids
 from hici.adapters.contents import read_contents

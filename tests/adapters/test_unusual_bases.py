@@ -7,10 +7,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_adapter_directory import make_base, make_trained
 from transformers import AutoModelForCausalLM
 
 import hici
+from adapter_models import make_base, make_trained
 from golden_checkpoint import CHECKPOINT, EXPECTED, IDS, NEEDED, TOLERANCE
 from helpers import difference, logits, random_ids, randomise, small_config
 from hici.adapters.contents import read_contents

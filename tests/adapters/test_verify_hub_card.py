@@ -8,9 +8,9 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from test_adapter_directory import make_base, make_trained
 
 import hici
+from adapter_models import make_base, make_trained
 from golden_checkpoint import CHECKPOINT, EXPECTED, IDS, NEEDED, TOLERANCE
 from helpers import difference, logits
 from hici.adapters.card import base_licence, front_matter

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -36,3 +38,10 @@ def registered():
         return llama_attn_hici.register_hici_to_model(base, **{**SHAPES, **options})
 
     return make
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    """A copy of the golden released directory, to be damaged."""
+    shutil.copytree(checkpoint / "peft_fp32", tmp_path / "adapter")
+    return tmp_path / "adapter"

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import hici
+from golden_checkpoint import CASES, CHECKPOINT, EXPECTED, IDS, MODES, NEEDED
 from helpers import assert_slots_matter, difference, padded, random_ids, relative, strong_model
 from hici.attention import backends, get_backend
 from hici.models.attach import reconfigure
@@ -91,3 +94,25 @@ def test_slots_matter_on_the_device():
     reconfigure(model, backend="auto")
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     assert_slots_matter(model.cpu())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_released_checkpoint_on_the_device(case):
+    variant, mode = case.split("/")
+    model = hici.from_pretrained(CHECKPOINT / variant, attention="full", device_map="cuda", **NEEDED)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    if mode != "full":
+        visibility, use_global, use_local = MODES[mode]
+        model.set_attn_implementation("hici")
+        reconfigure(model, visibility=visibility, use_global=use_global, use_local=use_local)
+    with torch.no_grad():
+        out = model(IDS.cuda()).logits.cpu()
+    assert difference(out, EXPECTED[f"{case}/logits"]) < 1e-2
+
+
+def test_a_merged_model_on_the_device(tmp_path):
+    hici.merge(CHECKPOINT / "peft_fp32", tmp_path / "m", "hici", **NEEDED)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=True, device_map="cuda")
+    with torch.no_grad():
+        out = model(IDS.cuda()).logits.cpu()
+    assert difference(out, EXPECTED["peft_fp32/none/logits"]) < 1e-2
