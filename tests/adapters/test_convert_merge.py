@@ -209,6 +209,18 @@ def test_hici_reads_its_own_merges(merged, attention, case):
     assert difference(logits(changed, IDS), EXPECTED["peft_fp32/causal_shift/logits"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_after_a_merge(merged, case):
+    variant, mode = case.split("/")
+    if mode == "full":
+        model = hici.from_pretrained(merged / f"{variant}-hici", attention="full")
+    else:
+        visibility, use_global, use_local = MODES[mode]
+        config = {"visibility": visibility, "use_global": use_global, "use_local": use_local}
+        model = hici.from_pretrained(merged / f"{variant}-hici", attention="hici", config=config)
+    assert difference(logits(model, IDS), EXPECTED[f"{case}/logits"]) < TOLERANCE
+
+
 def test_without_remote_code_it_is_the_full_attention_model(merged):
     model = AutoModelForCausalLM.from_pretrained(merged / "peft_fp32-hici")
     assert difference(logits(model, IDS), EXPECTED["peft_fp32/full/logits"]) < TOLERANCE

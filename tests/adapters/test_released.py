@@ -297,15 +297,18 @@ def test_longlora_is_the_full_attention_model(longlora):
 
 
 @pytest.mark.parametrize(
-    "preset, adapter_mib, trained, kv_rows, vocabulary",
+    "preset, kv_rows, vocabulary, lora, hici_count",
     [
-        ("llama-2-7b", 27.0, 520_470_560, 4096, 32001),
-        ("llama-2-13b", None, None, 5120, 32001),
-        ("llama-3-8b", None, None, 1024, 128257),
-        ("qwen3-8b", None, None, 1024, 151936),
+        # golden README, section 5: (262,144 + 180,224) x 32 of LoRA, 27.0 MiB in bfloat16; about 2 GB in float32
+        ("llama-2-7b", 4096, 32001, (262_144 + 180_224) * 32, 389_128_224),
+        # by hand: q, k, v, o are 8 (5120 + 5120) each; in HiCI 4 x 8 (5120 + 512) and 4 x 8 (512 + 512)
+        ("llama-2-13b", 5120, 32001, (327_680 + 212_992) * 40, 596_838_440),
+        # k and v are 8 (4096 + 1024) here
+        ("llama-3-8b", 1024, 128257, (212_992 + 180_224) * 32, 389_128_224),
+        ("qwen3-8b", 1024, 151936, (212_992 + 180_224) * 36, 12_160_257 * 36),
     ],
 )
-def test_names_and_shapes_at_full_size(preset, adapter_mib, trained, kv_rows, vocabulary):
+def test_names_and_shapes_at_full_size(preset, kv_rows, vocabulary, lora, hici_count):
     config = AutoConfig.for_model(**load_preset(preset))
     files = released_tensors(config, new_tokens=vocabulary - config.vocab_size)
     adapter, rest = files["adapter_model.bin"], files["trainable_params.bin"]
@@ -323,12 +326,12 @@ def test_names_and_shapes_at_full_size(preset, adapter_mib, trained, kv_rows, vo
     assert rest["model.layers.0.self_attn.local_constructor.memory_slots"].shape == (8, width)
     assert rest["model.layers.0.self_attn.global_integrator.expand_scale_param"].shape == ()
     assert rest["model.layers.0.self_attn.global_integrator.shared_compressor.0.weight"].shape == (128, width)
-    if adapter_mib is not None:
-        # golden README, section 5: 27.0 MiB in bfloat16, about 2 GB in float32
-        assert sum(tensor.numel() for tensor in adapter.values()) * 2 == adapter_mib * 2**20
-        assert sum(tensor.numel() for tensor in rest.values()) == trained
-        hici_count = sum(t.numel() for n, t in rest.items() if "local_constructor" in n or "global_integrator" in n)
-        assert hici_count == 389_128_224
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    norm_count = (2 * width + (2 * head_dim if config.model_type == "qwen3" else 0)) * layers + width
+    assert sum(tensor.numel() for tensor in adapter.values()) == lora
+    hici = sum(t.numel() for n, t in rest.items() if "local_constructor" in n or "global_integrator" in n)
+    assert hici == hici_count
+    assert sum(tensor.numel() for tensor in rest.values()) == hici_count + vocabulary * width + norm_count
 
 
 def test_the_golden_names_are_the_expected_ones():
