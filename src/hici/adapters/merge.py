@@ -206,8 +206,10 @@ def _sources(directory: Path, name: str, base_config: Any, plan: Plan) -> BaseFi
     meta = meta_model(base_config)
     sources = BaseFiles(directory, meta, drop_modules=plan.hici is not None)
     record = plan.contents.record
-    if record is not None and record.base_fingerprint not in files_fingerprints(sources, meta):
-        check_fingerprint(files_fingerprints(sources, meta)[0], plan.contents, name)
+    if record is not None:
+        found = files_fingerprints(sources, meta)
+        if record.base_fingerprint not in found:
+            check_fingerprint(found[0], plan.contents, name)
     return sources
 
 

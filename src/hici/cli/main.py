@@ -25,6 +25,8 @@ examples:
   hici train recipe.yaml --max_steps 20
   hici eval ppl runs/adapter --data books/*.txt --context 4096 --attention full hici
   hici generate runs/adapter --prompt "Once upon a time" --max-new-tokens 64
+  hici verify Llama-2-7b-HiCI-16k --base-model ~/models/Llama-2-7b-hf
+  hici merge runs/adapter runs/merged --as plain
 
 `hici VERB --help` explains a verb."""
 
