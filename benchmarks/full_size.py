@@ -235,7 +235,8 @@ def write_results(args: argparse.Namespace, results: dict[str, Any], table: str)
         f"{machine['device']}, {machine['cpu_threads']} threads, torch {packages['torch']}, transformers "
         f"{packages['transformers']}; base in bfloat16, adapter in the released format.\n"
         f"`anonymous`: peak of what the process allocated; `resident`: with mapped pages of weight files.\n"
-        f"Made by `python benchmarks/full_size.py {' '.join(sys.argv[1:])}` at revision "
+        f"Made by `python benchmarks/full_size.py --scratch SCRATCH --preset {args.preset} --context {args.context} "
+        f"--tokens {args.tokens} --out benchmarks/results` at revision "
         f"{made_with['git_revision']}.\n\n"
         f"{table}\n",
     )

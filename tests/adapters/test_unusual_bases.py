@@ -222,7 +222,7 @@ def test_a_link_to_a_directory_stays_a_link(trained, tmp_path):
 
 def test_dtypes_of_a_merge(trained, tmp_path, caplog):
     hici.merge(trained[1], tmp_path / "half", dtype="float16")
-    assert "merged tensors were rounded to torch.float16" in caplog.text
+    assert "6 tensors that were trained in a finer dtype were rounded to torch.float16" in caplog.text
     for dtype in ("int8", torch.int8, "nothing"):
         with pytest.raises(ValueError, match="is no floating-point dtype"):
             hici.merge(trained[1], tmp_path / "x", dtype=dtype)

@@ -228,7 +228,9 @@ def _write_weights(directory: Path, job: Job, max_shard_size: int | str, progres
             name = stored[file_name]
             exact = _merged_tensor(name, shapes[name], job)
             tensors[file_name] = exact.to(job.dtype_of(name)).contiguous()
-            rounded += torch.promote_types(exact.dtype, job.dtype_of(name)) != job.dtype_of(name)
+            # what was trained whole; that sums with LoRA are rounded once goes without saying
+            finer = torch.promote_types(exact.dtype, job.dtype_of(name)) != job.dtype_of(name)
+            rounded += finer and name in job.plan.contents.tensors
             done += 1
             if progress is not None:
                 progress(done, len(stored))
@@ -237,8 +239,8 @@ def _write_weights(directory: Path, job: Job, max_shard_size: int | str, progres
         del tensors
         gc.collect()
     if rounded:
-        logger.warning("%d of %d merged tensors were rounded to %s; dtype=torch.float32 (--dtype float32) keeps them "
-                       "exactly", rounded, len(stored), job.dtype)  # fmt: skip
+        logger.warning("%d tensors that were trained in a finer dtype were rounded to %s; dtype=torch.float32 (--dtype "
+                       "float32) keeps them exactly", rounded, job.dtype)  # fmt: skip
     if shards.is_sharded:
         write_json(directory / "model.safetensors.index.json",
                    {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})  # fmt: skip
