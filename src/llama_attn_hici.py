@@ -78,7 +78,7 @@ def register_hici_to_model(
         ValueError: a PEFT model, one that has HiCI modules already, one of another type; options that contradict each
             other or have no meaning here (use_attn_init, ds_config_path).
     """
-    registered = _modules.register(
+    return _modules.register(
         _modules.LLAMA,
         model,
         num_local_slots=num_local_slots,
@@ -96,5 +96,7 @@ def register_hici_to_model(
         shared_compress_dim=shared_compress_dim,
         ds_config_path=ds_config_path,
     )
-    _loading.wrap_peft()
-    return registered
+
+
+# now, since Python looks `PeftModel.from_pretrained` up before it evaluates its arguments (a nested register call)
+_loading.wrap_peft()

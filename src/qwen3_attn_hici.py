@@ -76,7 +76,7 @@ def register_hici_to_qwen3_model(
         ValueError: a PEFT model, one that has HiCI modules already, one of another type; options that contradict each
             other or have no meaning here (use_attn_init, ds_config_path).
     """
-    registered = _modules.register(
+    return _modules.register(
         _modules.QWEN3,
         model,
         num_local_slots=num_local_slots,
@@ -94,8 +94,10 @@ def register_hici_to_qwen3_model(
         shared_compress_dim=shared_compress_dim,
         ds_config_path=ds_config_path,
     )
-    _loading.wrap_peft()
-    return registered
 
 
 register_hici_to_model = register_hici_to_qwen3_model  # the name in the model cards
+
+
+# now, since Python looks `PeftModel.from_pretrained` up before it evaluates its arguments (a nested register call)
+_loading.wrap_peft()

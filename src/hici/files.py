@@ -47,6 +47,10 @@ def check_target(target: str | Path, *, overwrite: bool = False, marker: str | N
             `marker`, so that it is something else than what is to be replaced.
     """
     target = Path(target)
+    if target.resolve() == Path.cwd():
+        raise ValueError(
+            f"{target} is the current directory, which cannot be replaced as a whole; give a name below it"
+        )
     if target.is_file():
         raise ValueError(f"{target} is a file, but a directory is to be written there; give another name")
     check_writable(target.parent)
@@ -122,7 +126,11 @@ def _swap(temporary: Path, target: Path) -> None:
         os.rename(temporary, target)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.rename(target, aside / "old")
+    try:
+        os.rename(target, aside / "old")
+    except BaseException:
+        aside.rmdir()
+        raise
     try:
         os.rename(temporary, target)
     except BaseException:  # an interrupt too: the old one goes back

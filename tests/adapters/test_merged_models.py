@@ -167,3 +167,22 @@ def test_wrong_shapes_and_configs(where, tmp_path):
 def test_plain_peft_goes_on_a_merged_model(where):
     wrapped = peft.get_peft_model(remote(where), peft.LoraConfig(target_modules=["up_proj"]))
     assert difference(logits(wrapped.eval(), IDS), NONE) < TOLERANCE
+
+
+def test_a_detached_one_is_saved_as_a_plain_model(where, tmp_path):
+    for i, model in enumerate((remote(where), hici.from_pretrained(where))):
+        hici.detach(model).save_pretrained(tmp_path / str(i))
+        assert not (tmp_path / str(i) / "modeling_hici.py").exists()
+        assert "auto_map" not in json.loads((tmp_path / str(i) / "config.json").read_text())
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / str(i))
+        assert difference(logits(plain, IDS), EXPECTED["peft_fp32/full/logits"]) < TOLERANCE
+
+
+def test_verify_and_other_peoples_code(where, tmp_path):
+    directory = shutil.copytree(where, tmp_path / "x")
+    config = json.loads((directory / "config.json").read_text())
+    auto_map = {**config["auto_map"], "AutoTokenizer": ["t.X", None], "AutoModel": "owner/repo--modeling_x.X"}
+    (directory / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    assert hici.verify(directory).problems == []
+    (directory / "config.json").write_text(json.dumps({"model_type": "t5", "hici": config["hici"]}))
+    assert "t5 is no causal language model" in hici.verify(directory).problems[0].text

@@ -136,7 +136,10 @@ def test_the_context_must_be_known(released, tmp_path):
         ("Llama-2-7b-hici-8k-sft", 8192),
         ("/hub/models--ZengXiangyu--Llama-2-7b-HiCI-32k/snapshots/0123abc", 32768),
         ("Llama-2-7b-8k-to-16k", 16384),  # the end counts
-        ("Llama-2-8k-to-16k-chat", None),  # two of them
+        ("Llama-2-7b-longlora-100k-ft", 102400),
+        ("Phi-3-mini-4k-HiCI-16k", 16384),
+        ("Phi-3-mini-4k-instruct-HiCI", None),  # the base's own
+        ("HiCI-checkpoint-2k-steps", None),
         ("Llama-2-7b", None),
         ("model16k", None),
     ],

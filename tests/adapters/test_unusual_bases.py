@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import hici
 from adapter_models import make_base, make_trained
-from golden_checkpoint import CHECKPOINT, EXPECTED, IDS, NEEDED, TOLERANCE
-from helpers import difference, logits, random_ids, randomise, small_config
+from golden_checkpoint import CHECKPOINT, EXPECTED, IDS, TOLERANCE
+from helpers import difference, logits, random_ids, randomise, small_config, tiny_model
 from hici.adapters.contents import read_contents
 from hici.adapters.load import install
 from hici.adapters.plan import make_plan
@@ -189,6 +189,8 @@ def test_an_interrupt_leaves_attached_modules_as_they_were(released, monkeypatch
         with pytest.raises(ZeroDivisionError):
             install(base, plan)
     assert difference(logits(base, IDS[:, :16] % 97), expected) == 0
+    assert base.config.vocab_size == 97
+    hici.save_pretrained(base, released.adapter.parent / "as before")
     assert difference(logits(install(base, plan).eval(), IDS), EXPECTED["peft_fp32/none/logits"]) < TOLERANCE
 
 
@@ -223,7 +225,9 @@ def test_a_link_to_a_directory_stays_a_link(trained, tmp_path):
 def test_dtypes_of_a_merge(trained, tmp_path, caplog):
     hici.merge(trained[1], tmp_path / "half", dtype="float16")
     assert "6 tensors that were trained in a finer dtype were rounded to torch.float16" in caplog.text
-    for dtype in ("int8", torch.int8, "nothing"):
+    for dtype in ("int8", torch.int8, "nothing", "float8_e4m3fn"):
+        with pytest.raises(ValueError, match="is no floating-point dtype"):
+            hici.from_pretrained(trained[1], dtype=dtype)
         with pytest.raises(ValueError, match="is no floating-point dtype"):
             hici.merge(trained[1], tmp_path / "x", dtype=dtype)
     file = tmp_path / "base" / "model.safetensors"
@@ -313,18 +317,19 @@ def test_a_base_in_float16_has_the_fingerprint_of_its_files(tmp_path):
 
 def test_index_files_that_are_none(released, tmp_path):
     index = released.base / "model.safetensors.index.json"
+    shutil.move(released.base / "model.safetensors", released.base / "a.safetensors")  # a single file would count first
     index.write_text("[]")
     with pytest.raises(ValueError, match="has no weight_map"):
         hici.merge(released.adapter, tmp_path / "m", **released.needed())
     index.write_text(
-        json.dumps({"weight_map": {"model.norm.weight": "model.safetensors", "lm_head.bias": "model.safetensors"}})
+        json.dumps({"weight_map": {"model.norm.weight": "a.safetensors", "lm_head.bias": "a.safetensors"}})
     )
     with pytest.raises(ValueError, match="tensors that a LlamaForCausalLM does not have"):
         hici.merge(released.adapter, tmp_path / "m", **released.needed())
-    weights = load_file(released.base / "model.safetensors")
+    weights = load_file(released.base / "a.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "up_proj" not in name}
-    save_file(kept, released.base / "model.safetensors", metadata={"format": "pt"})
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "model.safetensors")}))
+    save_file(kept, released.base / "a.safetensors", metadata={"format": "pt"})
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors")}))
     with pytest.raises(ValueError, match="lacks model.layers.0.mlp.up_proj.weight, which its index names"):
         hici.merge(released.adapter, tmp_path / "m", **released.needed())
 
@@ -338,5 +343,82 @@ def test_float8_is_read(tmp_path):
     assert read_tensors(tmp_path / "y.safetensors", data=False)["a"].dtype == torch.uint16
 
 
-def test_needed_is_the_golden_ones():
-    assert NEEDED["base_model"] == str(CHECKPOINT / "base")
+def test_the_files_that_transformers_reads(released, tmp_path):
+    """A single file counts before an index, as in transformers: a stale index beside it is harmless."""
+    stale = {name: tensor + 1 for name, tensor in load_file(released.base / "model.safetensors").items()}
+    save_file(stale, released.base / "stale.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(stale, "stale.safetensors")}
+    (released.base / "model.safetensors.index.json").write_text(json.dumps(index))
+    hici.merge(released.adapter, tmp_path / "m", **released.needed())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert difference(logits(merged, IDS), EXPECTED["peft_fp32/full/logits"]) < TOLERANCE
+    hici.convert(released.adapter, tmp_path / "c", "hici", **released.needed())
+    hici.from_pretrained(tmp_path / "c")
+
+
+def test_a_tied_base_that_stores_the_head_alone(tmp_path):
+    base = make_base(tmp_path / "base", tie=True)
+    model = hici.attach(AutoModelForCausalLM.from_pretrained(base), small_config(visibility="past"))
+    wrapped = hici.add_lora(model, embeddings=False).eval()
+    hici.save_pretrained(wrapped, tmp_path / "adapter")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    hici.merge(tmp_path / "adapter", tmp_path / "m", "hici")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=True)
+    assert difference(logits(merged, TEXT), logits(wrapped, TEXT)) < 1e-5
+    assert hici.verify(tmp_path / "m").problems == []
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [None, torch.float16, torch.bfloat16], ids=str)
+def test_the_base_is_known_in_every_dtype(tmp_path, stored, trained):
+    tiny_model(max_position_embeddings=32).to(stored).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=trained or "auto")
+    hici.save_pretrained(hici.add_lora(hici.attach(model, small_config())), tmp_path / "adapter")
+    for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+        hici.from_pretrained(tmp_path / "adapter", dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float16)
+    hici.from_pretrained(tmp_path / "adapter", base_model=loaded)
+    hici.merge(tmp_path / "adapter", tmp_path / "m")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float16)
+    loaded.model.norm.weight.data.mul_(2)
+    with pytest.raises(ValueError, match="give the base that it was made on"):
+        hici.from_pretrained(tmp_path / "adapter", base_model=loaded)
+
+
+def test_the_base_is_never_what_is_replaced(tmp_path):
+    run = tmp_path / "run"
+    model = make_trained(make_base(run / "base"))
+    hici.save_pretrained(model, tmp_path / "adapter")
+    for file in ("hici_config.json",):
+        shutil.copy(tmp_path / "adapter" / file, run)  # looks like an adapter directory
+    with pytest.raises(ValueError, match="is or holds .*base, which is read"):
+        hici.convert(tmp_path / "adapter", run, "released", overwrite=True)
+    with pytest.raises(ValueError, match="is or holds .*base, which is read"):
+        hici.save_pretrained(model, run, overwrite=True)
+    assert (run / "base" / "model.safetensors").is_file()
+
+
+def test_the_current_directory_is_no_target(trained, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for act in (lambda: hici.merge(trained[1], "."), lambda: hici.save_pretrained(trained[0], ".")):
+        with pytest.raises(ValueError, match="is the current directory, which cannot be replaced"):
+            act()
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_fingerprint_that_could_not_be_taken_is_said(released, tmp_path, caplog):
+    file = released.base / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    hici.convert(released.adapter, tmp_path / "c", "hici", **released.needed())
+    assert "no fingerprint could be taken of the base" in caplog.text
+    assert json.loads((tmp_path / "c" / "hici_config.json").read_text())["base_fingerprint"] == "unknown"
+
+
+def test_shards_of_no_size(trained, tmp_path):
+    for size in (0, -5):
+        with pytest.raises(ValueError, match=f"max_shard_size={size} is below 1 byte"):
+            hici.merge(trained[1], tmp_path / "x", max_shard_size=size)

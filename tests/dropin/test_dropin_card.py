@@ -75,7 +75,7 @@ def test_the_card_gives_the_published_logits(checkpoint, tmp_path, variant, slot
     assert done.stderr.count("without flash-attn or a GPU") == 1
 
 
-def test_only_registering_wraps_peft(checkpoint):
+def test_only_the_drop_in_modules_wrap_peft(checkpoint):
     done = run(
         """
 import peft, hici, hici.dropin.modules, hici.dropin.loading
@@ -84,7 +84,6 @@ model = hici.from_pretrained(ADAPTER, BASE, 64, "hici", config={"num_heads": 4})
 assert vars(peft.PeftModel)["from_pretrained"] is stock
 import llama_attn_hici, qwen3_attn_hici
 llama_attn_hici.replace_llama_attn()
-assert vars(peft.PeftModel)["from_pretrained"] is stock
 from transformers import AutoModelForCausalLM
 for _ in range(2):
     base = AutoModelForCausalLM.from_pretrained(BASE)
@@ -98,3 +97,19 @@ print("fine")
         ADAPTER=checkpoint / "peft_fp32",
     )
     assert "fine" in done.stdout
+
+
+def test_a_nested_call_in_a_fresh_process(checkpoint):
+    """Python looks PeftModel.from_pretrained up before it registers the base."""
+    code = (
+        "import torch, transformers; from peft import PeftModel; import llama_attn_hici as h\n"
+        "h.CONTEXT_LENGTH = 64\n"
+        f"base = transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint / 'base')!r})\n"
+        "shapes = dict(num_heads=4, bottleneck_dim=32, shared_compress_dim=16)\n"
+        "model = PeftModel.from_pretrained(h.register_hici_to_model(base, **shapes), "
+        f"{str(checkpoint / 'peft_fp32')!r})\n"
+        "print(model.config.vocab_size, model.config.rope_parameters['factor'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["98", "4.0"]

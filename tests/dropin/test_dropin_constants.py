@@ -17,6 +17,7 @@ from helpers import (
     loss_and_gradients,
     random_ids,
     randomise,
+    small_config,
     strong_model,
     tiny_model,
 )
@@ -400,3 +401,19 @@ def test_models_that_are_refused():
 
 def test_both_names_of_qwen3s_function():
     assert qwen3_attn_hici.register_hici_to_model is qwen3_attn_hici.register_hici_to_qwen3_model
+
+
+def test_a_registration_ends_with_its_modules(registered):
+    import hici
+
+    model = registered()
+    hici.detach(model)
+    hici.attach(model, small_config(visibility="past"))
+    llama_attn_hici.group_size_ratio = 1 / 2
+    llama_attn_hici.MIXED_GROUP_TRAINING = True
+    llama_attn_hici.replace_llama_attn(use_full=True)
+    model.train()
+    logits(model, random_ids(2, 16))
+    config = hici_config(model)
+    assert (config.visibility, config.segment_size) == ("past", 8)
+    assert model.config._attn_implementation == "hici"

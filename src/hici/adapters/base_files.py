@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hici.adapters.hub import find_directory
+from hici.adapters.hub import cached_directory, find_directory
 from hici.adapters.weights import read_tensors, refuse_no_weights
 from hici.files import read_json
 from hici.models.architectures.base import is_hici_name
 from hici.models.fingerprint import fingerprint
-from hici.models.load import name_translator
+from hici.models.load import first_line, meta_model, name_translator
+
+logger = logging.getLogger(__name__)
 
 _OPEN_FILES = 2
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -72,7 +75,9 @@ class BaseFiles:
             self._drop_second(second, first)
 
     def _drop_second(self, second: str, first: str) -> None:
-        """A tied tensor that stands in the files under its second name too."""
+        """A tied tensor that stands in the files under its second name, alone or too."""
+        if second in self.file_names and first not in self.file_names:
+            self.file_names[first] = self.file_names.pop(second)
         if second in self.file_names and first in self.file_names:
             if not torch.equal(self.get(second), self.get(first)):
                 raise ValueError(
@@ -133,6 +138,8 @@ def _weight_map(directory: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     for name in (_SAFE, _PICKLED):
         index, single = directory / f"{name}.index.json", directory / name
+        if single.is_file():  # before an index, as transformers has it
+            return dict.fromkeys(read_tensors(single, data=False), single)
         if index.is_file():
             values = read_json(index)
             listed = values.get("weight_map") if isinstance(values, dict) else None
@@ -145,8 +152,6 @@ def _weight_map(directory: Path) -> dict[str, Path]:
                     f"{directory} lacks {', '.join(missing[:4])}, which {index.name} names; copy them again"
                 )
             return files
-        if single.is_file():
-            return dict.fromkeys(read_tensors(single, data=False), single)
     raise ValueError(f"{directory} holds neither {_SAFE} nor {_PICKLED} (nor their index), so it has no weights; give "
                      "a directory with them")  # fmt: skip
 
@@ -164,6 +169,20 @@ def files_fingerprints(files: BaseFiles, model: Any) -> list[str]:
         fingerprint((name, files.get(source)) for name, source in names.items()),
         fingerprint((name, _in_half(files.get(source))) for name, source in names.items()),
     ]
+
+
+def fingerprints_on_disk(name: str, model_config: Any) -> list[str]:
+    """`files_fingerprints` of a base on this machine (a path, or in the hub's cache); [] when they cannot be taken."""
+    directory = cached_directory(name)
+    if directory is None:
+        return []
+    meta = meta_model(model_config)
+    try:
+        found = files_fingerprints(BaseFiles(directory, meta, drop_modules=True), meta)
+    except ValueError as error:
+        logger.warning("no fingerprint could be taken of the base %s (%s)", name, first_line(error))
+        return []
+    return [] if "unknown" in found else found
 
 
 def _in_half(tensor: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hici.adapters.base_files import BaseFiles, files_fingerprints
+from hici.adapters.base_files import fingerprints_on_disk
 from hici.adapters.card import adapter_card
 from hici.adapters.contents import Contents, read_contents
 from hici.adapters.file_names import RECORD_FILE
@@ -20,9 +21,11 @@ from hici.adapters.write import copy_tokenizer, write_hici, write_released
 from hici.config import HiCIConfig
 from hici.files import atomic_directory, check_target, refuse_sources, write_text
 from hici.models.bridge import HICI
-from hici.models.load import load_config, meta_model, stable_name
+from hici.models.load import load_config, stable_name
 from hici.provenance import provenance
 from hici.registry import suggest
+
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -61,8 +64,8 @@ def convert(
     if not contents.has_hici:
         raise ValueError(f"{source} holds no HiCI modules (a LongLoRA adapter), so our layout has no place for it; "
                          "load it with hici.from_pretrained as it is")  # fmt: skip
-    refuse_sources(target, contents.directory)
     name = base_name(contents, base_model)
+    refuse_sources(target, contents.directory, *([name] if Path(name).is_dir() else []))
     base_config = load_config(name)
     plan = make_plan(contents, base_config, context_length=context_length, config=config)
     if to == "released" and plan.head is not None:
@@ -86,8 +89,11 @@ def convert(
 def _record(plan: Plan, base: str, to: str) -> Record:
     assert plan.hici is not None  # convert
     old = plan.contents.record
-    meta = meta_model(load_config(base))
-    found = _fingerprints(base, meta)
+    base_config = load_config(base)
+    found = fingerprints_on_disk(base, base_config)
+    if not found:
+        logger.warning("the weights of the base %s are not on this machine, or not whole: that the adapter meets the "
+                       "right base will be checked by names and shapes only", base)  # fmt: skip
     if old is not None:
         if found and old.base_fingerprint not in ("unknown", *found):
             check_fingerprint(found[0], plan.contents, base)
@@ -106,24 +112,13 @@ def _record(plan: Plan, base: str, to: str) -> Record:
         rope_parameters=plan.rope_parameters,
         max_position_embeddings=plan.positions,
         base_model=stable_name(base),
-        base_model_type=meta.config.model_type,
+        base_model_type=base_config.model_type,
         base_fingerprint=found[0] if found else "unknown",
         peft=True,
         made_with=provenance(),
-        vocab_size=plan.vocab_size if plan.vocab_size != meta.config.vocab_size else None,
+        vocab_size=plan.vocab_size if plan.vocab_size != base_config.vocab_size else None,
         layout=to,
     )
-
-
-def _fingerprints(base: str, meta: Any) -> list[str]:
-    """Of a base's files on this machine; [] where there are none, or where the base is quantised."""
-    if not Path(base).is_dir():
-        return []
-    try:
-        found = files_fingerprints(BaseFiles(base, meta, drop_modules=True), meta)
-    except ValueError:
-        return []
-    return [] if "unknown" in found else found
 
 
 def _compare(source: Contents, written: Contents) -> None:

@@ -50,6 +50,19 @@ def find_directory(
                          "the name, the revision and your access (hf auth login)")  from error  # fmt: skip
 
 
+def cached_directory(name: str, patterns: Sequence[str] = _PATTERNS) -> Path | None:
+    """The directory of a model that is on this machine: a path, or what the hub's cache has; None: neither."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
 def repository_kind(hub_id: str, revision: str | None = None, subfolder: str = "") -> str:
     """ "adapter" (ours or released) or "merged" (with its modules) by the files of a hub repository, else "plain".
 
@@ -69,16 +82,16 @@ def repository_kind(hub_id: str, revision: str | None = None, subfolder: str = "
 
 
 def context_of_name(name: str) -> int | None:
-    """The context that a name tells: "Llama-2-7b-HiCI-16k" -> 16 * 1024; None when it tells none, or several.
+    """The context that a name tells: "Llama-2-7b-HiCI-16k" -> 16 * 1024; None when it tells none.
 
-    The end of a name counts more than its middle; a path into the hub's cache tells by its repository.
+    It stands at the end, or right after HiCI or LongLoRA; elsewhere it may be the base's own, or a number of steps. A
+    path into the hub's cache tells by its repository.
     """
     parts = Path(name).parts
     last = parts[-1] if parts else ""
     if len(parts) >= 3 and parts[-2] == "snapshots":
         last = parts[-3]
-    sizes = re.findall(r"(?<![0-9A-Za-z])(\d+)[kK](?=$|[^0-9A-Za-z])", last)
-    final = re.search(r"(?<![0-9A-Za-z])(\d+)[kK]$", last)
-    if final:
-        sizes = [final.group(1)]
-    return int(sizes[0]) * 1024 if len(set(sizes)) == 1 else None
+    found = re.search(r"(?:^|[^0-9A-Za-z])(\d+)k$", last, re.IGNORECASE) or re.search(
+        r"(?:hici|longlora)[-_.](\d+)k(?![0-9a-z])", last, re.IGNORECASE
+    )
+    return int(found.group(1)) * 1024 if found else None

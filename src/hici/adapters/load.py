@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hici.adapters.base_files import fingerprints_on_disk
 from hici.adapters.contents import Contents, read_contents
 from hici.adapters.hub import find_directory
 from hici.adapters.plan import Plan, make_plan, wrap_in_peft
@@ -18,7 +19,7 @@ from hici.config import HiCIConfig
 from hici.models.attach import attach, detach, get_decoder, hici_state_dict, is_attached, is_peft, remember_base
 from hici.models.bridge import FULL, HICI
 from hici.models.fingerprint import base_fingerprint
-from hici.models.load import load_config, load_plain_model
+from hici.models.load import floating_dtype, load_config, load_plain_model
 from hici.models.merged import is_merged_directory, load_merged
 from hici.models.modes import set_attention
 from hici.models.vocabulary import grow_rows, shrink_vocabulary, vocabulary_weights
@@ -71,6 +72,7 @@ def from_pretrained(
     """
     if attention not in ATTENTIONS:
         raise ValueError(suggest(str(attention), ATTENTIONS, "attention"))
+    floating_dtype(dtype)
     directory = find_directory(path_or_hub_id, revision)
     if is_merged_directory(directory):
         _refuse_for_merged(directory, base_model=base_model, context_length=context_length)
@@ -105,8 +107,19 @@ def _base_and_plan(
     plan = make_plan(contents, base_config, context_length=context_length, config=config)
     # a merged base may hold modules of its own: the adapter's come in their place
     model = base_model if loaded else load_plain_model(name, **options, drop_modules=plan.hici is not None)
-    check_fingerprint(base_fingerprint(model), contents, model.config.name_or_path)
+    _check_base_weights(model, contents)
     return model, plan
+
+
+def _check_base_weights(model: Any, contents: Contents) -> None:
+    """The recorded base, as it is loaded; or both as its files have it, read in another dtype."""
+    found, name = base_fingerprint(model), str(model.config.name_or_path)
+    recorded = None if contents.record is None else contents.record.base_fingerprint
+    if recorded not in (None, "unknown", found) and found != "unknown":
+        on_disk = fingerprints_on_disk(name, model.config)
+        if recorded in on_disk and found in on_disk:
+            return
+    check_fingerprint(found, contents, name)
 
 
 def install(model: Any, plan: Plan) -> Any:
@@ -202,8 +215,7 @@ def check_fingerprint(found: str, contents: Contents, base: str) -> None:
     elif found != record.base_fingerprint:
         raise ValueError(
             f"{contents.directory} was made on {record.base_model!r} (fingerprint {record.base_fingerprint}), but this "
-            f"base is {base!r} ({found}); give the base that it was made on (a float32 base read as float16 rounds "
-            "differently: then give another dtype)"
+            f"base is {base!r} ({found}); give the base that it was made on"
         )
 
 
@@ -245,8 +257,14 @@ def _remember(model: Any) -> dict[str, Any]:
         ],
         "vocabulary": vocabulary_weights(model),
         "trained": [(parameter, parameter.requires_grad) for parameter in model.parameters()],
+        "base": _base_of(model) if attached else None,
         "hici": {name: tensor.clone() for name, tensor in hici_state_dict(model).items()} if attached else None,
     }
+
+
+def _base_of(model: Any) -> tuple[str, Any]:
+    attached = get_decoder(model).hici_attached
+    return attached.base_fingerprint, attached.base_checksums
 
 
 def _configured(model: Any) -> list[Any]:
@@ -262,6 +280,8 @@ def _undo(model: Any, before: dict[str, Any]) -> None:
         del model.peft_config
     if before["hici"] is not None:
         model.load_state_dict(before["hici"], strict=False)  # the base's own weights are not in it
+        attached = get_decoder(model).hici_attached
+        attached.base_fingerprint, attached.base_checksums = before["base"]
     elif is_attached(model):
         detach(model)
     if any(module.weight is not weight for module, weight in before["vocabulary"]):

@@ -37,7 +37,7 @@ from hici.files import atomic_directory, check_target, read_json, refuse_sources
 from hici.models.architectures import get_architecture
 from hici.models.architectures.base import is_hici_name
 from hici.models.bridge import HICI
-from hici.models.load import load_config, meta_model, stable_name
+from hici.models.load import floating_dtype, load_config, meta_model, stable_name
 from hici.models.merged import AUTO_CLASSES, REMOTE_FILE, remote_code
 from hici.models.modes import ATTENTIONS
 from hici.models.vocabulary import grown_rows
@@ -99,7 +99,9 @@ def merge(
     """
     if kind not in KINDS:
         raise ValueError(suggest(str(kind), KINDS, "kind of merge"))
-    dtype = _floating(dtype)
+    dtype = floating_dtype(dtype)
+    if isinstance(max_shard_size, int) and max_shard_size < 1:
+        raise ValueError(f"max_shard_size={max_shard_size} is below 1 byte; give a size like '2GB'")
     target = Path(target).expanduser()
     check_target(target, overwrite=overwrite, marker=MERGE_FILE)
     contents = read_contents(find_directory(adapter, revision), str(adapter))
@@ -367,10 +369,3 @@ def _refuse_other_lora(plan: Plan) -> None:
             f"{plan.contents.directory}: LoRA with {said} is more than W + s B A, which is all that merge folds; load "
             "it and use PEFT's merge_and_unload"
         )
-
-
-def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and (not isinstance(found, torch.dtype) or not found.is_floating_point):
-        raise ValueError(f"dtype={dtype!r} is no floating-point dtype; give float32, bfloat16 or float16")
-    return found

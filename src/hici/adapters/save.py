@@ -13,7 +13,7 @@ from hici.adapters.plan import peft_tensors
 from hici.adapters.record import Record
 from hici.adapters.weights import refuse_bad_values
 from hici.adapters.write import write_hici
-from hici.files import atomic_directory, check_target, write_text
+from hici.files import atomic_directory, check_target, refuse_sources, write_text
 from hici.models.architectures.base import is_hici_name
 from hici.models.attach import (
     attention_mode,
@@ -57,6 +57,8 @@ def save_pretrained(
     lm, peft = get_causal_lm(model), is_peft(model)
     config = hici_config(model)
     check_target(directory, overwrite=overwrite, marker=RECORD_FILE)
+    if Path(str(lm.config.name_or_path)).is_dir():
+        refuse_sources(directory, lm.config.name_or_path)
     _refuse_unsavable(model)
     _refuse_losses(model)
     _refuse_resized(model)

@@ -28,7 +28,7 @@ from hici.core.global_integration import GlobalIntegrator
 from hici.core.local_construction import LocalConstructor
 from hici.models.architectures.base import is_hici_name
 from hici.models.load import first_line, load_config, meta_model, tokenizer_size
-from hici.models.merged import is_merged_directory, merged_class
+from hici.models.merged import AUTO_CLASSES, is_merged_directory, merged_class
 
 OK, PROBLEM, UNKNOWN = "ok", "problem", "not checked"
 
@@ -134,11 +134,15 @@ def _merged_on_meta(model_config: Any) -> Any:
 
 
 def _all_there(meta: Any, files: BaseFiles, path: Path) -> tuple[str, str]:
-    code = {
-        reference.split("--")[-1].split(".")[0] + ".py"
-        for reference in (getattr(meta.config, "auto_map", None) or {}).values()
-    }
-    gone = sorted(name for name in code if not (path / name).is_file())
+    auto_map = getattr(meta.config, "auto_map", None) or {}
+    here = [reference for name, reference in auto_map.items() if name in AUTO_CLASSES and "--" not in reference]
+    gone = sorted(
+        {
+            f"{reference.split('.')[0]}.py"
+            for reference in here
+            if not (path / f"{reference.split('.')[0]}.py").is_file()
+        }
+    )
     if gone:
         raise ValueError(f"config.json names the code {', '.join(gone)}, which is not there; copy it again")
     expected = dict(meta.named_parameters())

@@ -93,6 +93,7 @@ class Registered:
         module: name of the drop-in module.
         use_global, use_local: which slots there are at all; the constants can switch off more.
         stock_attention: the model's attention before.
+        attached: what `hici.attach` left on the decoder; another one is not of this registration.
         applied: what the model is set to; compared in front of every forward call.
         draws: where MIXED_GROUP_TRAINING's ratios come from, apart from torch's global generator.
     """
@@ -101,6 +102,7 @@ class Registered:
     use_global: bool
     use_local: bool
     stock_attention: str
+    attached: Any = None
     applied: Wanted | None = None
     draws: random.Random | None = None
 
@@ -180,6 +182,7 @@ def register(
     )
     attach(model, config)
     decoder = get_decoder(model)
+    registered.attached = decoder.hici_attached
     decoder.hici_dropin = registered
     if constants_hook not in decoder._forward_pre_hooks.values():  # one may be left from before a detach
         decoder.register_forward_pre_hook(constants_hook, with_kwargs=True, prepend=True)
@@ -239,7 +242,14 @@ def get_registered(model: Any) -> Registered | None:
     """What the drop-in knows of a model (a PEFT model too); None: it did not register it, or it was detached."""
     lm = model.get_base_model() if is_peft(model) else model
     decoder = getattr(lm, "base_model", None)
-    return getattr(decoder, "hici_dropin", None) if hasattr(decoder, "hici_attached") else None
+    return _of_this_attachment(decoder)
+
+
+def _of_this_attachment(decoder: Any) -> Registered | None:
+    """The decoder's registration; None: none, or the modules it was made with are gone (`hici.detach`)."""
+    registered: Registered | None = getattr(decoder, "hici_dropin", None)
+    attached = getattr(decoder, "hici_attached", None)
+    return registered if registered is not None and attached is registered.attached else None
 
 
 def constants_hook(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -247,10 +257,10 @@ def constants_hook(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     In a compiled model they are those of the last call of `apply_constants`: a graph holds no global values.
     """
-    if not hasattr(decoder, "hici_attached") or torch.compiler.is_compiling():
+    registered = None if torch.compiler.is_compiling() else _of_this_attachment(decoder)
+    if registered is None:
         return None
     apply_constants(decoder)
-    registered: Registered = decoder.hici_dropin
     module = importlib.import_module(registered.module)
     if not (decoder.training and module.MIXED_GROUP_TRAINING and decoder.config._attn_implementation in MODES):
         return None

@@ -116,6 +116,16 @@ def tokenizer_size(directory: str | Path) -> int:
         raise ValueError(f"its files cannot be read ({first_line(error)}); copy them again") from error
 
 
+def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by itself or by its name; None for None and "auto". Raises ValueError for what no model computes in."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype={dtype!r} is no floating-point dtype of a model; give float32, bfloat16 or float16")
+    return found
+
+
 def stable_name(name: str | Path) -> str:
     """A local model by its absolute path, so that it is found from any working directory; a hub name as it is."""
     return str(Path(name).resolve()) if str(name) and Path(name).is_dir() else str(name)

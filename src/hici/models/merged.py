@@ -22,6 +22,7 @@ from hici.models.architectures.base import HICI_MODULES
 from hici.models.attach import (
     attach,
     attention_modules,
+    is_attached,
     reconfigure,
     remember_base,
     saved_config,
@@ -90,11 +91,23 @@ class HiCIMixin:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; config.json gets the attention mode that the model is in, and the code comes with it."""
-        write_config(self)
+        """As in transformers; config.json gets the attention mode that the model is in, and the code comes with it.
+
+        After `hici.detach` it is a plain model, and saved as one.
+        """
+        attached = is_attached(self)
+        if attached:
+            write_config(self)
         saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc] # as above
         if kwargs.get("is_main_process", True):
-            write_text(Path(save_directory) / REMOTE_FILE, remote_code(type(self).__name__))
+            file = Path(save_directory) / REMOTE_FILE
+            if attached:
+                write_text(file, remote_code(type(self).__name__))
+            else:  # transformers has put it there, and into config.json, for a class of remote code
+                file.unlink(missing_ok=True)
+                config: Any = copy.deepcopy(self.config)  # type: ignore[attr-defined] # of the causal LM behind
+                vars(config).pop("auto_map", None)
+                config.save_pretrained(save_directory)
         return saved
 
 
@@ -132,6 +145,9 @@ def remote_code(name: str) -> str:
 
 def merged_class(model_config: Any) -> type:
     """The merged class for a transformers config: what the remote code defines."""
+    if type(model_config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"config.json has a HiCIConfig, but {model_config.model_type} is no causal language model; "
+                         "copy the file again")  # fmt: skip
     return _merged_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)].__name__)
 
 
