@@ -140,6 +140,8 @@ def _set_up_logging(verbose: bool) -> None:
     if not verbose:
         # of libraries about their own future, which a user of this command can do nothing about
         warnings.filterwarnings("ignore", category=FutureWarning)
+        # PEFT imports bitsandbytes where it is installed, and that tells of kernels which it could load from the hub
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logger = logging.getLogger("hici")
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if not logger.handlers:
