@@ -1,5 +1,6 @@
 """Our adapter directory: everything comes back, or an error names what is wrong and nothing changes."""
 
+import json
 import subprocess
 import sys
 
@@ -159,3 +160,17 @@ def test_dtype_and_a_loaded_base(llama):
     plain = AutoModelForCausalLM.from_pretrained(base)
     loaded = hici.from_pretrained(directory, base_model=plain)
     assert loaded.get_base_model() is plain
+
+
+def test_a_directory_of_the_first_format_is_read(llama):
+    _, model, directory = llama
+    file = directory / "hici_config.json"
+    values = json.loads(file.read_text())
+    for key in ("vocab_size", "layout", "modules_to_save", "training"):
+        del values[key]
+    file.write_text(json.dumps({**values, "format_version": 1}))
+    loaded = hici.from_pretrained(directory, attention="hici")
+    assert difference(logits(loaded, IDS), logits(model, IDS)) == 0
+    file.write_text(json.dumps(values))  # format 2 without them is not whole
+    with pytest.raises(ValueError, match="lacks vocab_size, layout, modules_to_save, training"):
+        hici.from_pretrained(directory)
