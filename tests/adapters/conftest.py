@@ -36,3 +36,11 @@ def llama(tmp_path):
     model = make_trained(base)
     hici.save_pretrained(model, tmp_path / "adapter")
     return base, model, tmp_path / "adapter"
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """(trained model, adapter directory)."""
+    model = make_trained(make_base(tmp_path / "base"))
+    hici.save_pretrained(model, tmp_path / "adapter")
+    return model, tmp_path / "adapter"

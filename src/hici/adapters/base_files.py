@@ -101,8 +101,7 @@ class BaseFiles:
 
     def dtype(self) -> torch.dtype:
         """The dtype of the largest tensor."""
-        sizes = {name: self.get(name) for name in list(self.file_names)[:32]}
-        return max(sizes.values(), key=lambda tensor: tensor.numel()).dtype
+        return self.get(max(self.file_names, key=lambda name: self.get(name).numel())).dtype
 
     def _open(self, file: Path) -> Any:
         if file not in self._opened:

@@ -42,8 +42,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 ```
 
-A standard model for any engine: LoRA, embeddings and norms are folded in, rope and vocabulary are set. The HiCI
-modules are not in it; it works in full attention.
+A standard model for any engine, in full attention and without HiCI modules: LoRA, embeddings and norms are folded in,
+rope and vocabulary are set.
 """
 
 _USE_MERGED = """\
@@ -87,7 +87,8 @@ def merged_card(
     """Markdown for a merged directory. `kind`: "plain" or "hici"; `hici`: fields of HiCIConfig, or None."""
     use = (_USE_PLAIN if kind == "plain" else _USE_MERGED).format(name=name, attention=attention)
     tags = ["long-context"] if kind == "plain" else ["hici", "long-context", "custom_code"]
-    text = f"`{base_model}`, adapted to {context_length:,} tokens with HiCI and merged."
+    method = "LongLoRA" if hici is None else "HiCI"
+    text = f"`{base_model}`, adapted to {context_length:,} tokens with {method} and merged."
     shown = hici if kind == "hici" else None
     return _card(name, base_model, tags, text, use, shown, context_length, rope_parameters, training)
 

@@ -71,7 +71,7 @@ def convert(
     if to == "released" and plan.head is not None:
         raise ValueError(f"{source}: {plan.head} is tied to the embeddings in the base and was trained apart, "
                          "which the released format cannot express; keep it in our format")  # fmt: skip
-    record = _record(plan, name, to)
+    record = _record(plan, name, base_config, to)
     lora_config = plan.lora_config()
     if lora_config is not None:
         lora_config.base_model_name_or_path = record.base_model
@@ -86,10 +86,9 @@ def convert(
     return target
 
 
-def _record(plan: Plan, base: str, to: str) -> Record:
+def _record(plan: Plan, base: str, base_config: Any, to: str) -> Record:
     assert plan.hici is not None  # convert
     old = plan.contents.record
-    base_config = load_config(base)
     found = fingerprints_on_disk(base, base_config)
     if not found:
         logger.warning("the weights of the base %s are not on this machine, or not whole: that the adapter meets the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,9 @@ def _merged_on_meta(model_config: Any) -> Any:
 
 def _all_there(meta: Any, files: BaseFiles, path: Path) -> tuple[str, str]:
     auto_map = getattr(meta.config, "auto_map", None) or {}
-    here = [reference for name, reference in auto_map.items() if name in AUTO_CLASSES and "--" not in reference]
-    gone = sorted(
-        {
-            f"{reference.split('.')[0]}.py"
-            for reference in here
-            if not (path / f"{reference.split('.')[0]}.py").is_file()
-        }
-    )
+    # a reference with -- names another repository
+    code = {f"{auto_map[name].split('.')[0]}.py" for name in AUTO_CLASSES if "--" not in auto_map.get(name, "--")}
+    gone = sorted(file for file in code if not (path / file).is_file())
     if gone:
         raise ValueError(f"config.json names the code {', '.join(gone)}, which is not there; copy it again")
     expected = dict(meta.named_parameters())
@@ -177,13 +173,8 @@ def _complete(contents: Contents, config: HiCIConfig | dict[str, Any] | None) ->
     if sorted(layers) != list(range(len(layers))):
         gone = sorted(set(range(max(layers) + 1)) - set(layers))
         raise ValueError(f"nothing of layers {gone[:8]} is there (missing); copy the files again")
-    config_of_lora = contents.lora_config or {}
-    by_layer = any(config_of_lora.get(key) for key in ("rank_pattern", "layers_to_transform", "layers_pattern"))
-    # of the base's own weights, norms are trained in all layers, and whatever else in those that somebody chose
-    alike = [name for layer in layers.values() for name in layer
-             if is_hici_name("." + name) or "norm" in name or (is_lora_name(name) and not by_layer)]  # fmt: skip
-    alike = [name for name in alike if not (is_lora_name(name) and by_layer)]
-    every = {name: shape for layer in layers.values() for name, shape in layer.items() if name in set(alike)}
+    in_all = _in_all_layers(contents)
+    every = {name: shape for layer in layers.values() for name, shape in layer.items() if in_all(name)}
     for number, layer in layers.items():
         for name, shape in every.items():
             if layer.get(name) != shape:
@@ -197,17 +188,27 @@ def _complete(contents: Contents, config: HiCIConfig | dict[str, Any] | None) ->
     return OK, f"{len(layers)} layers, all alike"
 
 
+def _in_all_layers(contents: Contents) -> Callable[[str], bool]:
+    """Whether a tensor of one layer must be in the others too: HiCI, norms, and LoRA where its config treats layers
+    alike; other weights were trained in the layers that somebody chose."""
+    lora_config = contents.lora_config or {}
+    by_layer = any(lora_config.get(key) for key in ("rank_pattern", "layers_to_transform", "layers_pattern"))
+
+    def in_all(name: str) -> bool:
+        return not by_layer if is_lora_name(name) else is_hici_name("." + name) or "norm" in name
+
+    return in_all
+
+
 def _compare_modules(config: HiCIConfig, layer: dict[str, list[int]]) -> None:
     """One layer's HiCI tensors against modules built from the shapes that they show."""
-    slots = next(shape for name, shape in layer.items() if name.endswith("local_constructor.memory_slots"))
-    prefix = next(name for name in layer if name.endswith("local_constructor.memory_slots")).split("local_constructor")[
-        0
-    ]
+    memory_slots = next(name for name in layer if name.endswith("local_constructor.memory_slots"))
+    prefix, width = memory_slots.removesuffix("local_constructor.memory_slots"), layer[memory_slots][1]
     meta = torch.device("meta")
     modules = {
-        "local_constructor": LocalConstructor(slots[1], config.num_local_slots, config.num_heads,
+        "local_constructor": LocalConstructor(width, config.num_local_slots, config.num_heads,
                                               config.bottleneck_dim, device=meta),
-        "global_integrator": GlobalIntegrator(slots[1], config.num_global_slots, config.num_heads,
+        "global_integrator": GlobalIntegrator(width, config.num_global_slots, config.num_heads,
                                               config.global_width, config.compress_dim, device=meta),
     }  # fmt: skip
     expected = {f"{prefix}{module}.{name}": list(tensor.shape) for module, made in modules.items()
