@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 import hici
 from helpers import assert_slots_matter, random_ids, randomise, small_config, tiny_model
 from hici.adapters.lora import trainable_parameters
-from hici.models.attach import attention_modules
+from hici.models.lookup import attention_modules
 
 IDS = random_ids(2, 45)
 

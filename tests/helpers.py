@@ -36,7 +36,8 @@ from transformers import (
 from hici.config import HiCIConfig
 from hici.core import broadcast
 from hici.core.local_construction import LocalConstructor
-from hici.models.attach import attach, hici_config
+from hici.models.attach import attach
+from hici.models.lookup import hici_config
 
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB = 97
@@ -234,7 +235,7 @@ def record_paths(monkeypatch):
         return wrapper
 
     for path in ("plain", "absorbed"):
-        name = f"_construct_{path}"
+        name = f"_{path}"
         monkeypatch.setattr(LocalConstructor, name, recorded(path, getattr(LocalConstructor, name)))
     return taken
 

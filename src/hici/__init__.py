@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from hici.adapters.verify import verify
     from hici.config import HiCIConfig
     from hici.models.attach import attach, detach, reconfigure
+    from hici.models.cache import HiCICache
     from hici.models.vocabulary import grow_vocabulary
     from hici.rope import extend_rope
 
 _PUBLIC = {
+    "HiCICache": "hici.models.cache",
     "HiCIConfig": "hici.config",
     "add_lora": "hici.adapters.lora",
     "attach": "hici.models.attach",
@@ -40,6 +42,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "HiCICache",
     "HiCIConfig",
     "__version__",
     "add_lora",

@@ -8,6 +8,7 @@ from typing import Any
 from hici.registry import suggest
 
 VISIBILITIES = ("all", "current", "past")
+DECODES = ("auto", "raw")
 DEFAULT_NUM_SEGMENTS = 4
 
 
@@ -31,6 +32,9 @@ class HiCIConfig:
         use_local: local slots take part in the broadcast.
         backend: attention backend ("auto", "sdpa", "reference"; see `hici.attention`).
         integrator_dim: width of global integration. None: `bottleneck_dim`; required when that is None.
+        decode: what new tokens attend to in generation. "auto": for visibility "past" their segment and its slots,
+            as in one pass over everything (a HiCICache, which needs `segment_size`), else as "raw"; "raw": the raw
+            keys of all tokens so far, without slots (as published).
 
     Raises:
         ValueError: an impossible combination; the message states the value, the rule and the remedy.
@@ -48,6 +52,7 @@ class HiCIConfig:
     use_local: bool = True
     backend: str = "auto"
     integrator_dim: int | None = None
+    decode: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "bottleneck_dim", "compress_dim", "num_segments", "segment_size", "integrator_dim"):
@@ -59,6 +64,8 @@ class HiCIConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not true or false; give one of the two")
         if self.visibility not in VISIBILITIES:
             raise ValueError(suggest(str(self.visibility), VISIBILITIES, "visibility"))
+        if self.decode not in DECODES:
+            raise ValueError(suggest(str(self.decode), DECODES, "decode"))
         if not isinstance(self.backend, str):
             raise ValueError(f"backend={self.backend!r} is not a name; give 'auto' or a backend's name")
         self._check_segments()
@@ -105,6 +112,11 @@ class HiCIConfig:
         width = self.integrator_dim if self.integrator_dim is not None else self.bottleneck_dim
         assert width is not None  # _check_widths
         return width
+
+    @property
+    def bounded_decode(self) -> bool:
+        """Whether generation decodes from slots (a HiCICache), and not over raw keys."""
+        return self.visibility == "past" and self.decode == "auto"
 
     def resolve_segment_size(self, length: int) -> int:
         """Tokens in a segment for a batch padded to `length` tokens (at least 1)."""

@@ -86,22 +86,28 @@ def check_writable(directory: str | Path) -> None:
         raise ValueError(f"nothing can be written in {directory}: {existing} {problem}; give another place")
 
 
-def write_text(target: str | Path, text: str) -> Path:
-    """Write a text file in UTF-8; a reader sees the old content or the new, never a part."""
+@contextlib.contextmanager
+def atomic_file(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success it becomes `target`, on an error nothing changes."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return target
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(target: str | Path, text: str) -> Path:
+    """Write a text file in UTF-8; a reader sees the old content or the new, never a part."""
+    with atomic_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+    return Path(target)
 
 
 def write_json(target: str | Path, value: Any) -> Path:

@@ -100,7 +100,7 @@ def extend_rope(model: Any, context_length: int, method: str | None = None) -> A
     Raises:
         ValueError: as `extended_rope`.
     """
-    from hici.models.attach import get_causal_lm
+    from hici.models.lookup import get_causal_lm
 
     config = get_causal_lm(model).config
     if context_length > config.max_position_embeddings:
@@ -110,7 +110,7 @@ def extend_rope(model: Any, context_length: int, method: str | None = None) -> A
 
 def set_rope(model: Any, rope_parameters: dict[str, Any], positions: int) -> None:
     """Set rope parameters and number of positions on a model's config and rebuild its rotary embedding."""
-    from hici.models.attach import get_causal_lm, get_decoder
+    from hici.models.lookup import get_causal_lm, get_decoder
 
     decoder = get_decoder(model)
     for config in {id(c): c for c in (get_causal_lm(model).config, decoder.config)}.values():

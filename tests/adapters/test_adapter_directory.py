@@ -14,7 +14,8 @@ import hici
 from adapter_models import IDS, make_base, make_trained
 from helpers import difference, logits, randomise, small_config
 from hici.adapters.weights import tensor_shapes
-from hici.models.attach import attention_modules, hici_state_dict
+from hici.models.attach import hici_state_dict
+from hici.models.lookup import attention_modules
 from hici.models.modes import set_attention
 from hici.rope import far_rope
 
@@ -162,15 +163,18 @@ def test_dtype_and_a_loaded_base(llama):
     assert loaded.get_base_model() is plain
 
 
-def test_a_directory_of_the_first_format_is_read(llama):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_directory_of_an_older_format_is_read(llama, version):
     _, model, directory = llama
     file = directory / "hici_config.json"
     values = json.loads(file.read_text())
-    for key in ("vocab_size", "layout", "modules_to_save", "training"):
-        del values[key]
-    file.write_text(json.dumps({**values, "format_version": 1}))
+    del values["hici"]["decode"]
+    if version == 1:
+        for key in ("vocab_size", "layout", "modules_to_save", "training"):
+            del values[key]
+    file.write_text(json.dumps({**values, "format_version": version}))
     loaded = hici.from_pretrained(directory, attention="hici")
     assert difference(logits(loaded, IDS), logits(model, IDS)) == 0
-    file.write_text(json.dumps(values))  # format 2 without them is not whole
-    with pytest.raises(ValueError, match="lacks vocab_size, layout, modules_to_save, training"):
+    file.write_text(json.dumps(values))  # format 3 without them is not whole
+    with pytest.raises(ValueError, match="lacks (vocab_size, layout, modules_to_save, training|decode)"):
         hici.from_pretrained(directory)

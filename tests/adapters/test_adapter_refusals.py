@@ -14,7 +14,8 @@ import hici
 from adapter_models import IDS, make_base
 from helpers import difference, logits, small_config, tiny_model
 from hici.adapters.lora import trainable_parameters
-from hici.models.attach import attention_modules, hici_state_dict, is_attached
+from hici.models.attach import hici_state_dict
+from hici.models.lookup import attention_modules, is_attached
 
 
 def refuse(directory, match, base=None):
@@ -272,7 +273,7 @@ def test_damaged_files_are_named_and_leave_the_base_alone(llama):
         ([1], "holds a list instead of keys and values"),
         ({**record, "rope_parameters": None}, "rope_parameters=None is no dict"),
         ({**record, "context_length": "64"}, "context_length='64' is no int"),
-        ({**record, "format_version": 3}, "format_version 3, but this hici reads 1 and 2"),
+        ({**record, "format_version": 4}, "format_version 4, but this hici reads 1 to 3"),
     ):
         (directory / "hici_config.json").write_text(json.dumps(value))
         refuse(directory, message, plain)

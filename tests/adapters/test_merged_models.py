@@ -16,7 +16,7 @@ from golden_checkpoint import CHECKPOINT, EXPECTED, IDS, NEEDED, TOLERANCE
 from helpers import difference, logits
 from hici.adapters.hub import repository_kind
 from hici.adapters.lora import trainable_parameters
-from hici.models.attach import attention_modules
+from hici.models.lookup import attention_modules
 from hici.models.merged import HiCIMixin
 
 NONE, PAST = EXPECTED["peft_fp32/none/logits"], EXPECTED["peft_fp32/causal_shift/logits"]

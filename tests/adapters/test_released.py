@@ -14,7 +14,8 @@ from golden_checkpoint import CASES, CHECKPOINT, EXPECTED, IDS, MODES, NEEDED, T
 from helpers import difference, logits
 from hici.adapters.expected import released_tensors
 from hici.adapters.hub import context_of_name
-from hici.models.attach import hici_state_dict, is_attached
+from hici.models.attach import hici_state_dict
+from hici.models.lookup import is_attached
 from hici.presets import load_preset
 
 FILES = ("adapter_config.json", "adapter_model.bin", "trainable_params.bin")

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hici
 from helpers import ARCHITECTURES, difference, logits, random_ids, tiny_model
-from hici.models.attach import get_decoder
+from hici.models.lookup import get_decoder
 from hici.rope import (
     check_context,
     check_rope_parameters,

@@ -16,7 +16,7 @@ from helpers import difference, logits, random_ids, randomise, small_config
 from hici.adapters.contents import read_contents
 from hici.adapters.load import install
 from hici.adapters.plan import make_plan
-from hici.models.attach import attention_modules, is_attached
+from hici.models.lookup import attention_modules, is_attached
 
 TEXT = random_ids(2, 30)
 

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from helpers import difference, golden_json, golden_tensors, relative, small_config, tiny_model
 from hici.core.global_integration import EPSILON, GlobalIntegrator, cumulative_statistics, slot_statistics
-from hici.models.attach import attach, attention_modules
+from hici.models.attach import attach
+from hici.models.lookup import attention_modules
 
 FAMILIES = {
     "independent": ("module_global_integrator", None),

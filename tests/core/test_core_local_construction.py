@@ -25,7 +25,7 @@ def _golden_constructor(prefix="", absorb=True):
 @pytest.mark.parametrize("prefix", ["", "full."], ids=["bottleneck", "full"])
 def test_golden(monkeypatch, prefix, masked, path):
     tensors = golden_tensors(GOLDEN)
-    monkeypatch.setattr(LocalConstructor, "_absorbing_is_cheaper", lambda self: True)
+    monkeypatch.setattr(LocalConstructor, "_absorbing_is_cheaper", lambda self, tokens: True)
     taken = record_paths(monkeypatch)
     module = _golden_constructor(prefix, absorb=path == "absorbed")
     mask = tensors["mask"].bool()[:, None] if masked else None
@@ -37,7 +37,7 @@ def test_golden(monkeypatch, prefix, masked, path):
 @pytest.mark.parametrize("path", ["plain", "absorbed"])
 def test_a_segment_without_real_tokens_gives_zeros_unlike_the_published_default(monkeypatch, path):
     tensors = golden_tensors(GOLDEN)
-    monkeypatch.setattr(LocalConstructor, "_absorbing_is_cheaper", lambda self: True)
+    monkeypatch.setattr(LocalConstructor, "_absorbing_is_cheaper", lambda self, tokens: True)
     module = _golden_constructor(absorb=path == "absorbed")
     out = module(tensors["input"][:, None], tensors["mask_dead"].bool()[:, None])[:, 0]
     assert tensors["mask_dead"][0].sum() == 0
@@ -98,18 +98,20 @@ def test_absorbed_equals_plain(monkeypatch, bottleneck, masked, dtype, bound):
 
 
 @pytest.mark.parametrize(
-    "slots, heads, bottleneck, path",
+    "slots, heads, bottleneck, tokens, path",
     [
-        (8, 4, 32, "plain"),
-        (7, 4, 32, "absorbed"),
-        (8, 4, 64, "absorbed"),
-        (9, 4, 32, "plain"),
-        (15, 4, None, "absorbed"),
+        (8, 4, 32, 512, "plain"),
+        (7, 4, 32, 512, "absorbed"),
+        (7, 4, 32, 8, "plain"),  # too few tokens to pay for the absorbed projections
+        (2, 4, 32, 1, "plain"),
+        (8, 4, 64, 512, "absorbed"),
+        (9, 4, 32, 512, "plain"),
+        (15, 4, None, 512, "absorbed"),
     ],
 )
-def test_absorbed_only_where_it_is_cheaper(monkeypatch, slots, heads, bottleneck, path):
+def test_absorbed_only_where_it_is_cheaper(monkeypatch, slots, heads, bottleneck, tokens, path):
     taken = record_paths(monkeypatch)
-    LocalConstructor(64, slots, heads, bottleneck)(torch.randn(1, 2, 4, 64))
+    LocalConstructor(64, slots, heads, bottleneck)(torch.randn(1, 2, tokens, 64))
     assert taken == [path]
 
 

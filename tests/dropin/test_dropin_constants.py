@@ -22,7 +22,8 @@ from helpers import (
     tiny_model,
 )
 from hici.dropin import modules
-from hici.models.attach import attention_mode, get_decoder, hici_config, hici_state_dict, is_attached
+from hici.models.attach import hici_state_dict
+from hici.models.lookup import attention_mode, get_decoder, hici_config, is_attached
 
 IDS = random_ids(2, 32)
 SMALL = {"num_local_slots": 3, "global_slots": 2, "num_heads": 4, "bottleneck_dim": 32, "shared_compress_dim": 16}

@@ -14,7 +14,8 @@ import llama_attn_hici
 import qwen3_attn_hici
 from helpers import difference, golden_tensors, logits, random_ids, randomise, small_config, tiny_model
 from hici.adapters.plan import peft_tensors
-from hici.models.attach import attention_modules, hici_config, hici_state_dict
+from hici.models.attach import hici_state_dict
+from hici.models.lookup import attention_modules, hici_config
 from hici.models.vocabulary import grow_vocabulary
 
 CONTEXT = 64

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from helpers import SEGMENT, VOCAB, strong_model, tiny_model
 from hici.eval.perplexity import choose_windows, paired_difference, perplexity
-from hici.models.attach import attention_mode, reconfigure
+from hici.models.attach import reconfigure
+from hici.models.lookup import attention_mode
 from hici.models.modes import leaks_future, set_attention, visibility_in_use
 
 

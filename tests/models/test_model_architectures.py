@@ -20,7 +20,7 @@ from helpers import (
 )
 from hici import attach, reconfigure
 from hici.models.architectures import get_architecture
-from hici.models.attach import attention_modules, get_decoder, is_attached
+from hici.models.lookup import attention_modules, get_decoder, is_attached
 
 SLOTS = torch.randn(1, 2, 5, 64, generator=torch.Generator().manual_seed(3))
 

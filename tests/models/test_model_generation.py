@@ -1,4 +1,4 @@
-"""Generation in mode "hici": HiCI prefill, then decoding over all raw keys (the published behaviour)."""
+"""Published generation in mode "hici" (decode "raw"): HiCI prefill, then decoding over all raw keys."""
 
 import logging
 
@@ -38,7 +38,7 @@ def _by_hand(model, ids, stock="sdpa"):
 @pytest.mark.parametrize("visibility", ["all", "past"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_equals_prefill_and_stock_decode(architecture, visibility):
-    model = strong_model(architecture, visibility=visibility)
+    model = strong_model(architecture, visibility=visibility, decode="raw")
     ids = random_ids(2, 29)
     tokens, steps = _greedy(model, ids)
     expected_tokens, expected_steps = _by_hand(model, ids, stock_attention(architecture))
@@ -79,7 +79,7 @@ def test_several_tokens_at_once_on_a_filled_cache():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("mode", ["hici", "hici_s2"])
 def test_left_padded_batch_equals_single_rows(architecture, mode):
-    model = strong_model(architecture, visibility="past")
+    model = strong_model(architecture, visibility="past", decode="raw")
     model.set_attn_implementation(mode)
     rows = [random_ids(1, length, seed=length)[0] for length in (29, 17, 9, 1)]
     ids, mask = padded(rows, "left")
@@ -109,7 +109,7 @@ def test_decode_with_a_mask_and_no_positions():
 
 @pytest.mark.parametrize("visibility", ["all", "past"])
 def test_beam_search(visibility):
-    model = strong_model(visibility=visibility)
+    model = strong_model(visibility=visibility, decode="raw")
     ids, mask = padded([random_ids(1, 29)[0], random_ids(1, 17)[0]], "left")
     arguments = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
@@ -123,7 +123,7 @@ WINDOWED = ("mistral", "phi3", "gemma2", "gemma3")
 
 
 def _windowed(architecture):
-    return strong_model(architecture, visibility="past", options={"sliding_window": 10})
+    return strong_model(architecture, visibility="past", decode="raw", options={"sliding_window": 10})
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)

@@ -7,7 +7,8 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 import hici
 from helpers import difference, logits, random_ids, small_config, tiny_model
-from hici.models.attach import attach, detach, get_decoder
+from hici.models.attach import attach, detach
+from hici.models.lookup import get_decoder
 from hici.models.loss import next_token_losses
 from hici.models.modes import attention_mode, set_attention
 

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
 
 from helpers import logits, random_ids, small_config, strong_model, tiny_model
 from hici import attach, detach, reconfigure
-from hici.models.attach import hici_config, is_attached
+from hici.models.lookup import hici_config, is_attached
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +133,30 @@ def test_output_attentions_in_the_config():
         model(random_ids(1, 9))
 
 
+def _remedy(mode):
+    bounded = r"hici\.HiCICache\(model\) \(memory that does not grow; visibility 'past'\), " if mode == "hici" else ""
+    return rf"use {bounded}transformers\.DynamicCache\(config=model\.config\), or model\.set_attn_implementation\('sdpa'\)$"
+
+
 def test_static_cache(either_mode):
     model, mode = either_mode
     message = (
         rf"a static cache \(StaticCache\) in attention mode '{mode}': its unused places would be summarised as tokens; "
-        r"use the default dynamic cache \(cache_implementation='dynamic' or none\), or model\.set_attn_implementation"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message + _remedy(mode)):
         model(random_ids(1, 9), past_key_values=StaticCache(config=model.config, max_cache_len=16))
-    with pytest.raises(ValueError, match=message):
-        model.generate(random_ids(1, 9), max_new_tokens=2, cache_implementation="static", pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("static", "static"), ("offloaded_static", "static"), ("quantized", "quantized")]
+)
+def test_cache_implementation(either_mode, name, kind):
+    model, mode = either_mode
+    message = (
+        rf"cache_implementation='{name}' \(a {kind} cache\) in attention mode '{mode}', which needs the keys of .*; "
+    )
+    with pytest.raises(ValueError, match=message + _remedy(mode)):
+        model.generate(random_ids(1, 9), max_new_tokens=2, cache_implementation=name, pad_token_id=0)
 
 
 def test_a_cache_that_is_no_cache(attached):

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import ARCHITECTURES, logits, padded, random_ids, randomise, small_config, strong_model, tiny_model
 from hici import HiCIConfig, attach, detach, reconfigure
-from hici.models.attach import hici_config, saved_config
+from hici.models.attach import saved_config
 from hici.models.fingerprint import base_fingerprint
+from hici.models.lookup import hici_config
 
 
 @pytest.fixture

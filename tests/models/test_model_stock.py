@@ -19,7 +19,8 @@ from helpers import (
 )
 from hici import attach, detach, reconfigure
 from hici.attention import get_backend
-from hici.models.attach import attention_modules, hici_config, hici_state_dict, is_attached
+from hici.models.attach import hici_state_dict
+from hici.models.lookup import attention_modules, hici_config, is_attached
 
 STOCK = [(a, i) for a in ARCHITECTURES for i in ("sdpa", "eager") if i in ("eager", stock_attention(a))]
 

@@ -15,7 +15,8 @@ from helpers import (
     relative,
     strong_model,
 )
-from hici.models.attach import attention_modules, reconfigure
+from hici.models.attach import reconfigure
+from hici.models.lookup import attention_modules
 from hici.models.loss import next_token_loss, next_token_losses, summed_loss, token_losses
 
 

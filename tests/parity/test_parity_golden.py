@@ -19,7 +19,8 @@ from helpers import (
     relative,
 )
 from hici.core.local_construction import LocalConstructor
-from hici.models.attach import attention_modules, hici_state_dict, reconfigure
+from hici.models.attach import hici_state_dict, reconfigure
+from hici.models.lookup import attention_modules
 
 FAMILIES = ("llama_gqa", "llama_mha", "llama_gqa_indep", "llama_gqa_rope4", "qwen3_gqa")
 WAYS = ("reference", "sdpa", "absorbed")
@@ -57,7 +58,7 @@ def _set_up(monkeypatch, model, way, mode, use_global=True, use_local=True, **se
         **(segments or {"num_segments": 4}),
     )
     if way == "absorbed":
-        monkeypatch.setattr(LocalConstructor, "_absorbing_is_cheaper", lambda self: True)
+        monkeypatch.setattr(LocalConstructor, "_absorbing_is_cheaper", lambda self, tokens: True)
     return record_paths(monkeypatch)
 
 

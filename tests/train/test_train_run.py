@@ -12,7 +12,8 @@ import hici
 from helpers import logits, random_ids, small_config, tiny_model
 from hici.adapters.lora import trainable_parameters
 from hici.cli.main import main
-from hici.models.attach import attach, attention_modules
+from hici.models.attach import attach
+from hici.models.lookup import attention_modules
 from hici.train.recipe import recipe_from_dict
 from hici.train.run import load_base, make_trainer, prepare_data, prepare_model, train
 from hici.train.trainer import LanguageModel, Sequences, TrainingDivergedError

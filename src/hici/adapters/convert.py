@@ -20,8 +20,8 @@ from hici.adapters.record import LAYOUTS, Record
 from hici.adapters.write import copy_tokenizer, write_hici, write_released
 from hici.config import HiCIConfig
 from hici.files import atomic_directory, check_target, refuse_sources, write_text
-from hici.models.bridge import HICI
 from hici.models.load import load_config, stable_name
+from hici.models.lookup import HICI
 from hici.provenance import provenance
 from hici.registry import suggest
 

@@ -16,10 +16,10 @@ from hici.adapters.contents import Contents, read_contents
 from hici.adapters.hub import find_directory
 from hici.adapters.plan import Plan, make_plan, wrap_in_peft
 from hici.config import HiCIConfig
-from hici.models.attach import attach, detach, get_decoder, hici_state_dict, is_attached, is_peft, remember_base
-from hici.models.bridge import FULL, HICI
+from hici.models.attach import attach, detach, hici_state_dict, remember_base
 from hici.models.fingerprint import base_fingerprint
 from hici.models.load import floating_dtype, load_config, load_plain_model
+from hici.models.lookup import FULL, HICI, get_decoder, is_attached, is_peft
 from hici.models.merged import is_merged_directory, load_merged
 from hici.models.modes import set_attention
 from hici.models.vocabulary import grow_rows, shrink_vocabulary, vocabulary_weights

@@ -6,7 +6,7 @@ from typing import Any
 
 from hici.models.architectures import get_architecture
 from hici.models.architectures.base import is_hici_name
-from hici.models.attach import is_attached, is_peft
+from hici.models.lookup import is_attached, is_peft
 
 
 def add_lora(

@@ -36,8 +36,8 @@ from hici.config import HiCIConfig
 from hici.files import atomic_directory, check_target, read_json, refuse_sources, write_json, write_text
 from hici.models.architectures import get_architecture
 from hici.models.architectures.base import is_hici_name
-from hici.models.bridge import HICI
 from hici.models.load import floating_dtype, load_config, meta_model, stable_name
+from hici.models.lookup import HICI
 from hici.models.merged import AUTO_CLASSES, REMOTE_FILE, remote_code
 from hici.models.modes import ATTENTIONS
 from hici.models.vocabulary import grown_rows

@@ -19,8 +19,9 @@ from hici.adapters.hub import context_of_name
 from hici.config import HiCIConfig
 from hici.models.architectures import get_architecture
 from hici.models.architectures.base import is_hici_name
-from hici.models.attach import attach, hici_state_dict, is_peft
+from hici.models.attach import attach, hici_state_dict
 from hici.models.load import first_line, meta_model
+from hici.models.lookup import is_peft
 from hici.models.vocabulary import grow_rows
 from hici.rope import extended_rope
 

@@ -12,11 +12,12 @@ from hici.files import read_json
 from hici.registry import suggest
 from hici.rope import check_rope_parameters
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LAYOUTS = ("hici", "released")
 
-# keys that format 1 did not have, with what it meant by that
+# keys that the formats before did not have, with what they meant by that
 _ADDED = {2: {"vocab_size": None, "layout": "hici", "modules_to_save": None, "training": None}}
+_ADDED_TO_HICI = {3: {"decode": "auto"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +96,17 @@ def read_record(directory: str | Path) -> Record:
 
 def _of_this_format(values: dict[str, Any], file: Path) -> dict[str, Any]:
     version = values.get("format_version")
-    if version == 1:
-        return {**_ADDED[2], **values, "format_version": FORMAT_VERSION}
+    if version in (1, 2):
+        added: dict[str, Any] = _ADDED[2] if version == 1 else {}
+        hici = values.get("hici")
+        if isinstance(hici, dict):
+            values = {**values, "hici": {**_ADDED_TO_HICI[3], **hici}}
+        return {**added, **values, "format_version": FORMAT_VERSION}
     if version is not None and version != FORMAT_VERSION:
         made_with = values.get("made_with")
         wrote = made_with.get("hici") if isinstance(made_with, dict) else None
         raise ValueError(
-            f"{file} has format_version {version}, but this hici reads 1 and {FORMAT_VERSION}; install the hici that "
+            f"{file} has format_version {version}, but this hici reads 1 to {FORMAT_VERSION}; install the hici that "
             f"wrote it ({wrote})"
         )
     return values

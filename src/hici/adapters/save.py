@@ -15,17 +15,10 @@ from hici.adapters.weights import refuse_bad_values
 from hici.adapters.write import write_hici
 from hici.files import atomic_directory, check_target, refuse_sources, write_text
 from hici.models.architectures.base import is_hici_name
-from hici.models.attach import (
-    attention_mode,
-    get_causal_lm,
-    get_decoder,
-    hici_config,
-    hici_state_dict,
-    is_peft,
-    write_config,
-)
+from hici.models.attach import hici_state_dict, write_config
 from hici.models.fingerprint import base_checksums, changed_tensors
 from hici.models.load import load_config, stable_name
+from hici.models.lookup import attention_mode, get_causal_lm, get_decoder, hici_config, is_peft
 from hici.models.vocabulary import vocabulary_size
 from hici.provenance import provenance
 

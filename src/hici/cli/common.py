@@ -166,7 +166,8 @@ def load_tokenizer(args: argparse.Namespace, kind: str) -> Any:
 
 def _load_ours(args: argparse.Namespace, attentions: list[str]) -> Any:
     from hici.adapters.load import from_pretrained
-    from hici.models.attach import is_attached, reconfigure
+    from hici.models.attach import reconfigure
+    from hici.models.lookup import is_attached
 
     model = from_pretrained(
         args.model,
@@ -266,8 +267,8 @@ def _check_plain_flags(args: argparse.Namespace, attentions: list[str]) -> None:
 
 
 def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]:
-    from hici.models.attach import get_causal_lm, get_decoder, hici_config, is_attached
     from hici.models.fingerprint import base_fingerprint
+    from hici.models.lookup import get_causal_lm, get_decoder, hici_config, is_attached
 
     lm = get_causal_lm(model)
     attached = is_attached(model)

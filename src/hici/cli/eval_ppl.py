@@ -91,7 +91,7 @@ def _target(out: str, overwrite: bool) -> Path:
 
 def _read_data(args: argparse.Namespace, loaded: Loaded) -> tuple[Any, dict[str, Any]]:
     from hici.data.packing import load_stream
-    from hici.models.attach import get_causal_lm
+    from hici.models.lookup import get_causal_lm
 
     vocab_size = get_causal_lm(loaded.model).config.vocab_size
     stream, documents = load_stream(args.data, loaded.tokenizer, vocab_size=vocab_size, text_key=args.text_key)
@@ -100,7 +100,7 @@ def _read_data(args: argparse.Namespace, loaded: Loaded) -> tuple[Any, dict[str,
 
 
 def _extend_rope(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
-    from hici.models.attach import get_causal_lm
+    from hici.models.lookup import get_causal_lm
     from hici.rope import extend_rope, far_rope
 
     config = get_causal_lm(loaded.model).config
@@ -130,7 +130,7 @@ def _measure(args: argparse.Namespace, loaded: Loaded, stream: Any) -> list[Any]
     )
 
     from hici.eval.perplexity import choose_windows, perplexity
-    from hici.models.attach import get_causal_lm
+    from hici.models.lookup import get_causal_lm
     from hici.models.modes import set_attention
     from hici.rope import check_context
 

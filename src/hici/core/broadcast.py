@@ -8,7 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hici.core.global_integration import GlobalIntegrator, cumulative_statistics, slot_statistics
+from hici.core.global_integration import (
+    GlobalIntegrator,
+    RunningStatistics,
+    cumulative_statistics,
+    running_statistics,
+    slot_statistics,
+    statistics_of,
+)
 from hici.core.local_construction import LocalConstructor
 
 
@@ -60,3 +67,23 @@ def build_slots(
             statistics = cumulative_statistics(local_BNMD)
         global_D = global_integrator(statistics)
     return visible_slots(global_D, local_BNMD if use_local else None, visibility, num_segments)
+
+
+def next_slots(
+    local_BNMD: Tensor,
+    before: RunningStatistics,
+    global_integrator: GlobalIntegrator,
+    *,
+    use_global: bool,
+    use_local: bool,
+) -> tuple[Tensor, RunningStatistics]:
+    """Integrate and broadcast as segments finish, for visibility "past".
+
+    `local_BNMD` are the local slots of N more finished segments, `before` the statistics of those before them. Returns
+    the slots [B, N, P, D] that the segment behind each of them sees, and the statistics after each, [B, N, ...].
+    """
+    after = running_statistics(local_BNMD, before)
+    global_BNKD = global_integrator(statistics_of(after, local_BNMD.shape[2])) if use_global else None
+    slots_BNPD = visible_slots(global_BNKD, local_BNMD if use_local else None, "past", local_BNMD.shape[1])
+    assert slots_BNPD is not None  # one of the two kinds is in use
+    return slots_BNPD, after

@@ -7,7 +7,7 @@ width, 5 statistics (mean, max, min, std, L2-normalised mean), ... any leading d
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,30 @@ def slot_statistics(local_BNMD: Tensor, real_BN: Tensor | None = None) -> Tensor
     return _stack(mean, highest, lowest, variance)
 
 
-def cumulative_statistics(local_BNMD: Tensor) -> Tensor:
-    """Statistics over the slots of segments 1..i, for every i: [B, N, 5, D], float32.
+class RunningStatistics(NamedTuple):
+    """What the statistics over finished segments are made of; ... leading dimensions, float32.
+
+    Attributes:
+        segments_1: number of segments, [..., 1]. Each has M slots.
+        mean_D, squares_D: mean, and sum of squared deviations from it (M2), [..., D].
+        highest_D, lowest_D: extremes, [..., D].
+    """
+
+    segments_1: Tensor
+    mean_D: Tensor
+    squares_D: Tensor
+    highest_D: Tensor
+    lowest_D: Tensor
+
+
+def no_statistics(batch: int, width: int, device: torch.device) -> RunningStatistics:
+    """Those of no segment at all, [B, D]."""
+    zeros = torch.zeros(batch, width, device=device)
+    return RunningStatistics(zeros[:, :1], zeros, zeros, zeros - math.inf, zeros + math.inf)
+
+
+def running_statistics(local_BNMD: Tensor, before: RunningStatistics | None = None) -> RunningStatistics:
+    """After each of N more segments: [B, N, ...]. `before`, [B, ...]: those of all segments so far; None: none.
 
     The squared deviations M2 grow by Chan's merge, M2 += m2_i + delta_i^2 c M / (c + M): a sum of terms that are
     never negative, so nothing cancels (E[x^2] - E[x]^2 would). Segments without real tokens are at the end of a row
@@ -46,15 +68,32 @@ def cumulative_statistics(local_BNMD: Tensor) -> Tensor:
     """
     local_BNMD = local_BNMD.float()
     n, m = local_BNMD.shape[1:3]
-    variance_BND, mean_BND = torch.var_mean(local_BNMD, dim=2, correction=0)
-    seen_N1 = torch.arange(1, n + 1, device=local_BNMD.device, dtype=torch.float32)[:, None]
-    running_mean = mean_BND.cumsum(1) / seen_N1
-    delta = mean_BND[:, 1:] - running_mean[:, :-1]
-    growth = F.pad(delta.square() * (m * seen_N1[:-1] / seen_N1[1:]), (0, 0, 1, 0))
-    running_m2 = (variance_BND * m + growth).cumsum(1)
-    highest = local_BNMD.amax(2).cummax(1).values
-    lowest = local_BNMD.amin(2).cummin(1).values
-    return _stack(running_mean, highest, lowest, running_m2 / (m * seen_N1))
+    new_variance_BND, new_mean_BND = torch.var_mean(local_BNMD, dim=2, correction=0)
+    highest_BND = local_BNMD.amax(2).cummax(1).values
+    lowest_BND = local_BNMD.amin(2).cummin(1).values
+    if before is None:
+        before = no_statistics(local_BNMD.shape[0], local_BNMD.shape[3], local_BNMD.device)
+    else:
+        highest_BND = torch.maximum(highest_BND, before.highest_D[:, None])
+        lowest_BND = torch.minimum(lowest_BND, before.lowest_D[:, None])
+    more_N1 = torch.arange(1, n + 1, device=local_BNMD.device, dtype=torch.float32)[:, None]
+    segments_BN1 = before.segments_1[:, None] + more_N1
+    mean_BND = ((before.mean_D * before.segments_1)[:, None] + new_mean_BND.cumsum(1)) / segments_BN1
+    earlier_BND = torch.cat((before.mean_D[:, None], mean_BND[:, :-1]), dim=1)
+    growth_BND = (new_mean_BND - earlier_BND).square() * (m * (segments_BN1 - 1) / segments_BN1)
+    squares_BND = before.squares_D[:, None] + (new_variance_BND * m + growth_BND).cumsum(1)
+    return RunningStatistics(segments_BN1, mean_BND, squares_BND, highest_BND, lowest_BND)
+
+
+def statistics_of(running: RunningStatistics, num_slots: int) -> Tensor:
+    """[..., 5, D] of what `running_statistics` counted over segments of M = `num_slots` slots."""
+    variance_D = running.squares_D / (num_slots * running.segments_1)
+    return _stack(running.mean_D, running.highest_D, running.lowest_D, variance_D)
+
+
+def cumulative_statistics(local_BNMD: Tensor) -> Tensor:
+    """Statistics over the slots of segments 1..i, for every i: [B, N, 5, D], float32."""
+    return statistics_of(running_statistics(local_BNMD), local_BNMD.shape[2])
 
 
 def _stack(mean: Tensor, highest: Tensor, lowest: Tensor, variance: Tensor) -> Tensor:

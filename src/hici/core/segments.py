@@ -36,9 +36,9 @@ def real_first(mask_BT: Tensor) -> Tensor:
     return torch.empty_like(destination).scatter(1, destination, source)
 
 
-def take_tokens(x_BT: Tensor, order_BT: Tensor) -> Tensor:
-    """Rows of x [B, T, ...] in the given order: out[b, t] = x[b, order[b, t]]."""
-    index = order_BT.reshape(order_BT.shape + (1,) * (x_BT.dim() - 2)).expand_as(x_BT)
+def take_tokens(x_BT: Tensor, order_BU: Tensor) -> Tensor:
+    """Tokens of x [B, T, ...] in the given order: out[b, u] = x[b, order[b, u]]."""
+    index = order_BU.reshape(order_BU.shape + (1,) * (x_BT.dim() - 2)).expand(*order_BU.shape, *x_BT.shape[2:])
     return x_BT.gather(1, index)
 
 

@@ -21,8 +21,8 @@ from hici.adapters.plan import make_plan
 from hici.adapters.weights import tensor_shapes
 from hici.dropin.modules import Registered, apply_constants, get_registered, positive_integer
 from hici.models.architectures.base import is_hici_name
-from hici.models.attach import get_decoder, hici_config, is_peft
 from hici.models.fingerprint import base_fingerprint
+from hici.models.lookup import get_decoder, hici_config, is_peft
 from hici.models.vocabulary import vocabulary_size
 
 logger = logging.getLogger(__name__)

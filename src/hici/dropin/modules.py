@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hici.config import HiCIConfig
-from hici.models.attach import attach, get_decoder, is_attached, is_peft, reconfigure, write_config
-from hici.models.bridge import FULL, HICI, MODES, S2
+from hici.models.attach import attach, reconfigure, write_config
+from hici.models.lookup import FULL, HICI, MODES, S2, get_decoder, is_attached, is_peft
 from hici.models.modes import set_attention
 from hici.registry import suggest
 

@@ -18,8 +18,7 @@ import torch
 
 from hici.core.segments import count_segments
 from hici.eval.statistics import CONFIDENCE, Estimate, weighted_estimate
-from hici.models.attach import attention_mode, get_causal_lm, get_decoder, hici_config
-from hici.models.bridge import FULL
+from hici.models.lookup import FULL, attention_mode, get_causal_lm, get_decoder, hici_config
 from hici.models.loss import next_token_losses
 from hici.models.modes import leaks_future, visibility_in_use
 from hici.rope import check_context

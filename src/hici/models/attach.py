@@ -16,8 +16,21 @@ from hici.core.global_integration import GlobalIntegrator
 from hici.core.local_construction import LocalConstructor
 from hici.models.architectures import get_architecture
 from hici.models.architectures.base import HICI_MODULES, Architecture, is_hici_name
-from hici.models.bridge import FULL, HICI, MODES, attention_pre_hook, decoder_pre_hook
+from hici.models.bridge import attention_pre_hook, decoder_pre_hook
 from hici.models.fingerprint import Checksum, base_checksums, base_fingerprint
+from hici.models.generation_cache import PREPARE, CacheChoice
+from hici.models.lookup import (
+    HICI,
+    MODES,
+    attached_decoder,
+    attention_mode,
+    attention_modules,
+    get_causal_lm,
+    get_decoder,
+    hici_config,
+    is_attached,
+    is_peft,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +47,7 @@ class Attached:
     base_checksums: dict[str, Checksum]
     arguments: tuple[str, ...]
     told_raw_decode: bool = False  # the decoder's hook says once that decoding has no slots
+    told_bounded: bool = False  # and once that generation has a HiCICache
 
 
 def attach(model: Any, config: HiCIConfig | None = None) -> Any:
@@ -86,6 +100,8 @@ def attach(model: Any, config: HiCIConfig | None = None) -> Any:
         _put_on(attention, modules, architecture, config, backend)
     decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True)
     decoder.hici_attached = attached
+    if hasattr(model, PREPARE):  # what cannot generate needs no cache
+        setattr(model, PREPARE, CacheChoice(model))
     model.set_attn_implementation(HICI)
     write_config(model)
     return model
@@ -105,7 +121,7 @@ def detach(model: Any) -> Any:
         ValueError: nothing is attached; a PEFT model.
     """
     _refuse_peft(model)
-    decoder = _attached_decoder(model)
+    decoder = attached_decoder(model)
     stock_attention = decoder.hici_attached.stock_attention
     for attention in attention_modules(model):
         for name in (*HICI_MODULES, "hici_config", "hici_architecture", "hici_attend"):
@@ -113,6 +129,7 @@ def detach(model: Any) -> Any:
         _remove_pre_hook(attention, attention_pre_hook)
     _remove_pre_hook(decoder, decoder_pre_hook)
     del decoder.hici_attached
+    vars(model).pop(PREPARE, None)
     for each in _configs(model):
         del each.hici
     model.set_attn_implementation(stock_attention)
@@ -120,14 +137,15 @@ def detach(model: Any) -> Any:
 
 
 def reconfigure(model: Any, **changes: Any) -> Any:
-    """Change how attached modules are used, in place: segments, visibility, use_global, use_local, backend.
+    """Change how attached modules are used, in place: segments, visibility, use_global, use_local, backend,
+    decode.
 
     Works on a PEFT model too. No weight is touched.
 
     Raises:
         ValueError: nothing is attached; a change that needs other modules (detach and attach for that).
     """
-    _attached_decoder(model)
+    attached_decoder(model)
     old = hici_config(model)
     new = old.replace(**changes)
     for name in ("num_local_slots", "num_global_slots", "num_heads", "bottleneck_dim", "compress_dim"):
@@ -145,7 +163,7 @@ def reconfigure(model: Any, **changes: Any) -> Any:
 
 def remember_base(model: Any) -> None:
     """Take the base weights of an attached model, as they are now, for those that `save_pretrained` compares with."""
-    attached = _attached_decoder(model).hici_attached
+    attached = attached_decoder(model).hici_attached
     attached.base_fingerprint, attached.base_checksums = _what_the_base_is(model)
 
 
@@ -160,17 +178,6 @@ def _check_same(name: str, new: int | None, old: int | None) -> None:
         raise ValueError(f"{name}={new} instead of {old} needs other modules; detach and attach with the new config")
 
 
-def is_attached(model: Any) -> bool:
-    """Whether HiCI modules are attached (also below a PEFT wrapper)."""
-    return hasattr(get_decoder(model), "hici_attached")
-
-
-def hici_config(model: Any) -> HiCIConfig:
-    """The HiCIConfig of an attached model. Raises ValueError when nothing is attached."""
-    _attached_decoder(model)
-    return attention_modules(model)[0].hici_config
-
-
 def saved_config(model_config: Any) -> HiCIConfig | None:
     """The HiCIConfig in a transformers config (`config.hici`), or None."""
     values = getattr(model_config, "hici", None)
@@ -179,33 +186,6 @@ def saved_config(model_config: Any) -> HiCIConfig | None:
     if not isinstance(values, dict):
         raise ValueError(f"config.json: hici={values!r} is no dict of HiCIConfig's fields; copy the file again")
     return HiCIConfig.from_dict({key: value for key, value in values.items() if key != "attention"})
-
-
-def attention_mode(model: Any) -> str:
-    """The mode that the model is in: "hici", "hici_s2", or "full" for any attention of transformers."""
-    implementation = get_causal_lm(model).config._attn_implementation
-    return implementation if implementation in MODES else FULL
-
-
-def is_peft(model: Any) -> bool:
-    """Whether it is a PeftModel (PEFT leaves a `peft_config` on the model inside too)."""
-    return hasattr(model, "get_base_model")
-
-
-def get_causal_lm(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if is_peft(model) else model
-
-
-def get_decoder(model: Any) -> Any:
-    """The model without its head (`model.model` of a causal LM)."""
-    return get_causal_lm(model).base_model
-
-
-def attention_modules(model: Any) -> list[Any]:
-    """The attention module of every layer, in order."""
-    architecture = get_architecture(get_causal_lm(model).config.model_type)
-    return list(architecture.attention_modules(get_decoder(model)))
 
 
 def hici_state_dict(model: Any) -> dict[str, Tensor]:
@@ -303,13 +283,6 @@ def write_config(model: Any) -> None:
     for each in _configs(model):
         # a plain dict: a dataclass here would break save_pretrained
         each.hici = {**values, "attention": attention_mode(model)}
-
-
-def _attached_decoder(model: Any) -> Any:
-    decoder = get_decoder(model)
-    if not hasattr(decoder, "hici_attached"):
-        raise ValueError("HiCI is not attached to this model; call hici.attach(model, HiCIConfig(...)) first")
-    return decoder
 
 
 def _refuse_peft(model: Any) -> None:

@@ -16,20 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache
 
 from hici.attention import raw, s2
 from hici.config import HiCIConfig
 from hici.core.broadcast import build_slots
 from hici.core.segments import put_tokens, real_first, real_positions, take_tokens, to_segments
 from hici.models.architectures.base import Architecture
+from hici.models.cache import HiCICache
+from hici.models.cache_layer import HiCILayer
+from hici.models.generation_cache import cache_of_call
+from hici.models.lookup import HICI, MODES, S2
+from hici.models.refusals import check_cache, check_call, check_mask, check_mask_length, check_window, refuse_packed
 
 logger = logging.getLogger(__name__)
-
-FULL = "full"  # short for the stock attention, whichever of transformers' that is
-HICI = "hici"
-S2 = "hici_s2"
-MODES = (HICI, S2)  # transformers looks for "sdpa", "flash" and "flex_attention" in such names: none may be in them
 
 
 class Prefix(NamedTuple):
@@ -40,6 +39,7 @@ class Prefix(NamedTuple):
         slot_k, slot_v: [B, N', P, J, E] of the last N' segments, or None.
         order: [B, T], compaction of a padded batch (`core.segments.real_first`), or None.
         raw: attend over the raw keys of the cache instead (decode).
+        layer: a HiCICache's layer, which attends instead.
         anchor: an exact zero that ties unused parameters into the graph, or None.
     """
 
@@ -48,6 +48,7 @@ class Prefix(NamedTuple):
     slot_v: Tensor | None = None
     order: Tensor | None = None
     raw: bool = False
+    layer: HiCILayer | None = None
     anchor: Tensor | None = None
 
 
@@ -64,6 +65,11 @@ def attention_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         config = config.replace(num_segments=kwargs.pop("hici_num_segments"))
     hidden_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get(module.hici_architecture.cache_argument)
+    if isinstance(cache, HiCICache):
+        assert cache.step is not None  # the decoder's hook
+        layer = cache.layers[module.layer_idx]
+        layer.construct(module, hidden_BTD, cache.step)
+        return args, {**kwargs, "hici": Prefix(segment_size=cache.step.segment_size, layer=layer)}
     if cache is not None and cache.get_seq_length(module.layer_idx) > 0:
         return args, {**kwargs, "hici": Prefix(segment_size=0, raw=True)}
     length = hidden_BTD.shape[1]
@@ -72,7 +78,7 @@ def attention_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         # one short segment needs no filling up to S (in S2 the half group counts: S must stay)
         segment_size = min(segment_size, length)
     mask_BT = kwargs.get("attention_mask")
-    order_BT = None if mask_BT is None else real_first(_check_mask(mask_BT))
+    order_BT = None if mask_BT is None else real_first(check_mask(mask_BT))
     prefix = Prefix(segment_size=segment_size, order=order_BT)
     if mode == HICI:
         prefix = _make_slots(module, config, hidden_BTD, mask_BT, prefix)
@@ -132,7 +138,7 @@ def hici_attention(
 ) -> tuple[Tensor, None]:
     """The function registered as "hici" and "hici_s2": ([B, T, H, E], None)."""
     mode = module.config._attn_implementation
-    _refuse(mode, hici, kwargs)
+    check_call(mode, hici, kwargs)
     assert hici is not None  # _refuse
     assert hici.raw or key_BJXE.shape[2] == query_BHTE.shape[2]  # else the pre-hook has overlooked a filled cache
     # under autocast RoPE leaves queries and keys in float32 and values in bfloat16: the one place that casts
@@ -142,7 +148,10 @@ def hici_attention(
     if hici.raw:
         out = raw.attend(q, k, v, _optional_mask(attention_mask), scale=scale, window=sliding_window, dropout=dropout)
         return out, None
-    _check_window(sliding_window, min(hici.segment_size, q.shape[1]))
+    if hici.layer is not None:
+        check_window(sliding_window, hici.segment_size)
+        return hici.layer.attend(module, q, k, v, scale=scale, dropout=dropout), None
+    check_window(sliding_window, min(hici.segment_size, q.shape[1]))
     if hici.order is not None:
         q, k, v = (take_tokens(x, hici.order) for x in (q, k, v))
     if mode == S2:
@@ -192,31 +201,45 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"output_attentions=True, but attention mode {mode!r} makes no attention matrix; drop it, or call "
             "model.set_attn_implementation('eager')"
         )
-    cache = kwargs.get("past_key_values")
-    _check_cache(mode, cache)
-    if not torch.compiler.is_compiling() and cache is not None and cache.get_seq_length() > 0:
-        _tell_raw_decode(module, mode, kwargs)
+    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    if tokens.shape[1] == 0:
+        raise ValueError(
+            "the input has no tokens; give at least one (to go on with a cache, give all tokens so far and the new "
+            "ones, or the new ones with an attention_mask that covers all)"
+        )
+    if kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = cache_of_call(module, mode, kwargs.get("use_cache"))
+    cache = kwargs["past_key_values"]
+    check_cache(mode, cache)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(
             f"attention_mask is a {type(mask).__name__}, but attention mode {mode!r} builds its own causal mask; pass "
             "the [batch, tokens] mask of real tokens, or none"
         )
+    if mask is not None:
+        check_mask(mask)
+        check_mask_length(mask, tokens, cache)
     if positions is not None:
-        _refuse_packed(mode, positions, mask, cache)
-    elif mask is not None and mask.dim() == 2:
-        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-        _check_mask_length(mask, tokens, cache)
-        kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        refuse_packed(mode, positions, mask, cache)
+    derived = None
+    if isinstance(cache, HiCICache):
+        derived = cache.begin(module, tokens, mask)
+    else:
+        if not torch.compiler.is_compiling() and cache is not None and cache.get_seq_length() > 0:
+            _tell_raw_decode(module, mode, tokens)
+        if mask is not None:
+            derived = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    if positions is None and derived is not None:
+        kwargs["position_ids"] = derived
     return (), kwargs
 
 
-def _tell_raw_decode(module: Any, mode: str, kwargs: dict[str, Any]) -> None:
+def _tell_raw_decode(module: Any, mode: str, tokens: Tensor) -> None:
     """Once a model: decoding is expected to be so; a block of tokens may be a prefill in pieces, which is not."""
     if module.hici_attached.told_raw_decode:
         return
     module.hici_attached.told_raw_decode = True
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     logger.log(
         logging.WARNING if tokens.shape[1] > 1 else logging.INFO,
         "attention mode %r with a filled cache: new tokens attend to all raw keys, without segments and slots (to "
@@ -225,98 +248,8 @@ def _tell_raw_decode(module: Any, mode: str, kwargs: dict[str, Any]) -> None:
     )
 
 
-def _refuse(mode: str, prefix: Prefix | None, kwargs: dict[str, Any]) -> None:
-    if prefix is None:
-        raise ValueError(
-            f"attention mode {mode!r} is set, but no HiCI modules are attached to this model; call "
-            f"hici.attach(model, HiCIConfig(...)) first, or model.set_attn_implementation('sdpa')"
-        )
-    if kwargs.get("cache") is not None:
-        raise ValueError(
-            f"a paged cache (continuous batching) in attention mode {mode!r}, which keeps no pages; use "
-            "model.generate, or model.set_attn_implementation('sdpa')"
-        )
-    if kwargs.get("softcap") is not None:
-        raise ValueError(
-            f"the model caps its attention scores at {kwargs['softcap']}, which attention mode {mode!r} cannot "
-            "compute; use a model without soft-capping, or model.set_attn_implementation('eager')"
-        )
-    if kwargs.get("is_causal") is not None:
-        raise ValueError(
-            f"is_causal={kwargs['is_causal']} was passed to attention mode {mode!r}: another tool (accelerate's "
-            "context parallelism does so) has replaced the mask, and segments would be wrong; switch that tool off "
-            "(parallelism_config without cp), or use model.set_attn_implementation('sdpa')"
-        )
-
-
-def _check_cache(mode: str, cache: Any) -> None:
-    if cache is None:
-        return
-    if not isinstance(cache, Cache):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, which attention mode {mode!r} does not know; pass "
-            "transformers.DynamicCache() or nothing"
-        )
-    if cache.is_compileable and cache.layers:
-        raise ValueError(
-            f"a static cache ({type(cache).__name__}) in attention mode {mode!r}: its unused places would be "
-            "summarised as tokens; use the default dynamic cache (cache_implementation='dynamic' or none), or "
-            "model.set_attn_implementation('sdpa')"
-        )
-
-
-def _refuse_packed(mode: str, position_ids: Tensor, mask: Tensor | None, cache: Any) -> None:
-    """Several documents in a row would share segments and slots."""
-    if torch.compiler.is_compiling() or position_ids.dim() != 2 or position_ids.shape[1] < 2:
-        return
-    positions_BT = position_ids
-    real_BT = torch.ones_like(positions_BT, dtype=torch.bool)
-    if mask is not None and mask.dim() == 2:
-        real_BT = mask[:, -positions_BT.shape[1] :].to(torch.bool)
-        positions_BT = positions_BT.expand_as(real_BT)
-    highest_so_far = torch.where(real_BT, positions_BT, -1).cummax(1).values
-    restarts = real_BT[:, 1:] & (positions_BT[:, 1:] <= highest_so_far[:, :-1])
-    if bool(restarts.any()):
-        row, column = (int(x) for x in restarts.nonzero()[0])
-        raise ValueError(
-            f"position_ids restart at token {column + 1} of row {row} (packed documents), but attention mode {mode!r} "
-            "counts segments over a whole row; give one document a row (padding is fine), or "
-            "model.set_attn_implementation('sdpa')"
-        )
-
-
-def _check_mask(mask: Tensor) -> Tensor:
-    if mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: HiCI's modes build their own causal mask; pass the "
-            "[batch, tokens] mask of real tokens, or none"
-        )
-    return mask
-
-
-def _check_mask_length(mask_BX: Tensor, tokens: Tensor, cache: Any) -> None:
-    if torch.compiler.is_compiling():  # lengths may be symbols there
-        return
-    length = tokens.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
-    if mask_BX.shape[1] != length:
-        raise ValueError(
-            f"attention_mask covers {mask_BX.shape[1]} tokens, but there are {length} with those in the cache; give "
-            "one entry for each"
-        )
-
-
 def _optional_mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else _check_mask(mask)
-
-
-def _check_window(window: int | None, segment_size: int) -> None:
-    """Inside a segment no shorter than the layer's sliding window changes nothing; a longer one would be wrong."""
-    if window is not None and segment_size > window:
-        raise ValueError(
-            f"segments of {segment_size} tokens are longer than the model's sliding window of {window}, which HiCI "
-            f"attention would not keep; give segment_size <= {window}, or config.sliding_window=None if the model "
-            "allows full attention"
-        )
+    return None if mask is None else check_mask(mask)
 
 
 for _mode in MODES:

@@ -75,3 +75,20 @@ def changed_tensors(before: dict[str, Checksum], now: dict[str, Checksum]) -> li
     """Names in `now` whose bits are others than before. A tensor cast to another dtype cannot be compared."""
     same_dtype = {name: sums for name, sums in now.items() if name not in before or before[name][0] == sums[0]}
     return [name for name, sums in same_dtype.items() if before.get(name) != sums]
+
+
+@torch.no_grad()
+def model_fingerprint(model: Any) -> str:
+    """SHA-256 of all that a model's keys and values depend on: a sample of every tensor (HiCI and LoRA too), and rope.
+
+    The same weights in float32 and in bfloat16 agree, as in `base_fingerprint`.
+    """
+    rope = getattr(model.config, "rope_parameters", None)
+    whole = hashlib.sha256(f"{model.config.model_type} {sorted((rope or {}).items())}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name} has no data here (offloaded), so the model cannot be told from another; load it "
+                             "whole")  # fmt: skip
+        whole.update(f"{name}{list(tensor.shape)}".encode())
+        whole.update(_sample(tensor).tobytes())
+    return "sha256:" + whole.hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hici.models.attach import get_causal_lm
+from hici.models.lookup import get_causal_lm
 from hici.rope import check_context
 
 

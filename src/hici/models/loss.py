@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hici.models.architectures import get_architecture
-from hici.models.attach import get_causal_lm, get_decoder
+from hici.models.lookup import get_causal_lm, get_decoder
 
 IGNORE = -100
 _CHUNK_ELEMENTS = 2**25  # logits held at a time: 128 MiB in float32

@@ -19,16 +19,9 @@ from torch import nn
 from hici.config import HiCIConfig, given_fields
 from hici.files import write_text
 from hici.models.architectures.base import HICI_MODULES
-from hici.models.attach import (
-    attach,
-    attention_modules,
-    is_attached,
-    reconfigure,
-    remember_base,
-    saved_config,
-    write_config,
-)
+from hici.models.attach import attach, reconfigure, remember_base, saved_config, write_config
 from hici.models.load import read_errors
+from hici.models.lookup import attention_modules, is_attached
 from hici.models.modes import ATTENTIONS, set_attention
 
 REMOTE_FILE = "modeling_hici.py"

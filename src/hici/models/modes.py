@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hici.models.attach import attention_mode, get_causal_lm, get_decoder, hici_config, is_attached, write_config
-from hici.models.bridge import FULL, HICI, MODES
+from hici.models.attach import write_config
+from hici.models.lookup import FULL, HICI, MODES, attention_mode, get_causal_lm, get_decoder, hici_config, is_attached
 from hici.registry import suggest
 
 ATTENTIONS = (FULL, *MODES)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hici.models.attach import get_causal_lm, get_decoder, is_attached, is_peft
 from hici.models.fingerprint import base_fingerprint
+from hici.models.lookup import get_causal_lm, get_decoder, is_attached, is_peft
 
 
 def vocabulary_size(model: Any) -> int:

@@ -21,9 +21,9 @@ from hici.adapters.save import save_pretrained
 from hici.data.documents import Document, load_documents
 from hici.data.packing import content_hash, pack, split_documents
 from hici.files import check_target, write_json
-from hici.models.attach import attach, attention_mode
-from hici.models.bridge import FULL, HICI
+from hici.models.attach import attach
 from hici.models.load import first_line, load_plain_model
+from hici.models.lookup import FULL, HICI, attention_mode
 from hici.models.modes import leaks_future, set_attention
 from hici.provenance import provenance
 from hici.report.training import plot_training

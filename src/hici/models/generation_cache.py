@@ -1,0 +1,96 @@
+"""Which cache a model with HiCI generates with when its caller gives none."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from hici.models.cache import HiCICache
+from hici.models.lookup import HICI, MODES, get_decoder, hici_config
+from hici.models.refusals import check_cache_implementation
+
+logger = logging.getLogger(__name__)
+
+PREPARE = "_prepare_cache_for_generation"  # what transformers' `generate` calls; `attach` puts a CacheChoice there
+
+
+class CacheChoice:
+    """Stands on one model in place of its `_prepare_cache_for_generation`; in other modes it changes nothing.
+
+    In mode "hici" with visibility "past" (and decode "auto") the model gets a HiCICache unless a cache is given or
+    asked for by name; else the cache of transformers, over whose raw keys it then decodes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *rest: Any) -> Any:
+        """As in transformers: puts a cache into `model_kwargs`.
+
+        Raises:
+            ValueError: what the mode cannot do: assisted decoding, static and quantised caches, a row of padding only,
+                a prefill in pieces over raw keys; no fixed segment_size; more tokens than the rope represents.
+        """
+        mode = self.model.config._attn_implementation
+        if mode in MODES:
+            self._check(mode, generation_config, model_kwargs, str(getattr(generation_mode, "value", generation_mode)))
+            chosen = self._choose(mode, generation_config, model_kwargs)
+            if chosen is not None:
+                model_kwargs["past_key_values"] = chosen
+                return None
+        return getattr(type(self.model), PREPARE)(self.model, generation_config, model_kwargs, generation_mode, *rest)
+
+    def _check(self, mode: str, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: str) -> None:
+        if generation_mode == "assisted_generation" or generation_config.is_assistant:
+            raise ValueError(
+                f"assisted decoding in attention mode {mode!r}: rejected tokens cannot be taken out of slots again; "
+                "leave out assistant_model and prompt_lookup_num_tokens, or call model.set_attn_implementation('sdpa')"
+            )
+        check_cache_implementation(mode, generation_config.cache_implementation)
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask.any(1).all()):
+            row = int((~mask.any(1)).nonzero()[0])
+            raise ValueError(f"row {row} of the prompt is empty (padding only); leave it out, or give it a token")
+
+    def _choose(self, mode: str, generation_config: Any, model_kwargs: dict[str, Any]) -> HiCICache | None:
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return None
+        if generation_config.cache_implementation is None and _is_bounded(mode, self.model):
+            cache = HiCICache(self.model)
+            cache.check_rope(self.model.config, generation_config.max_length)
+            _tell(self.model)
+            return cache
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} with decode over raw keys: only the first "
+                "piece of the prompt would get slots; leave it out, or use visibility 'past' with a HiCICache"
+            )
+        return None
+
+
+def cache_of_call(decoder: Any, mode: str, use_cache: bool | None) -> HiCICache | None:
+    """For a call of the model itself that asks for a cache by use_cache=True: what it can go on with as it began."""
+    if use_cache is not True or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if not _is_bounded(mode, decoder):
+        return None
+    _tell(decoder)
+    return HiCICache(decoder)
+
+
+def _is_bounded(mode: str, model: Any) -> bool:
+    return mode == HICI and hici_config(model).bounded_decode
+
+
+def _tell(model: Any) -> None:
+    """Once a model."""
+    attached = get_decoder(model).hici_attached
+    if not attached.told_bounded:
+        attached.told_bounded = True
+        logger.info(
+            "generation in bounded memory: a HiCICache (segments of %s tokens and their slots); for the published "
+            "decode over raw keys: hici.reconfigure(model, decode='raw')",
+            hici_config(model).segment_size,
+        )
