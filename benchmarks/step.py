@@ -130,7 +130,7 @@ def peak_bytes() -> int:
     """Peak memory since `reset_peak` (where that is not to be had: since the start)."""
     import torch
 
-    from hici.train.run import peak_memory
+    from hici.machine import peak_memory
 
     if torch.cuda.is_available() or sys.platform != "linux":
         return peak_memory()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hici.config import HiCIConfig
     from hici.models.attach import attach, detach, reconfigure
     from hici.models.cache import HiCICache
+    from hici.models.prefill import prefill
     from hici.models.vocabulary import grow_vocabulary
     from hici.rope import extend_rope
 
@@ -35,6 +36,7 @@ _PUBLIC = {
     "from_pretrained": "hici.adapters.load",
     "grow_vocabulary": "hici.models.vocabulary",
     "merge": "hici.adapters.merge",
+    "prefill": "hici.models.prefill",
     "push_to_hub": "hici.adapters.push",
     "reconfigure": "hici.models.attach",
     "save_pretrained": "hici.adapters.save",
@@ -53,6 +55,7 @@ __all__ = [
     "from_pretrained",
     "grow_vocabulary",
     "merge",
+    "prefill",
     "push_to_hub",
     "reconfigure",
     "save_pretrained",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
@@ -21,6 +19,7 @@ from hici.adapters.save import save_pretrained
 from hici.data.documents import Document, load_documents
 from hici.data.packing import content_hash, pack, split_documents
 from hici.files import check_target, write_json
+from hici.machine import peak_memory
 from hici.models.attach import attach
 from hici.models.load import first_line, load_plain_model
 from hici.models.lookup import FULL, HICI, attention_mode
@@ -226,18 +225,6 @@ def heldout_losses(trainer: HiCITrainer, recipe: Recipe) -> dict[str, float]:
         losses[attention] = float(metrics[f"heldout_{attention}_loss"])
     set_attention(model, trained_in)
     return losses
-
-
-def peak_memory() -> int:
-    """Peak bytes so far: of the GPU's allocator where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined] # only there
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _check_output(output: Path, recipe: Recipe) -> None:

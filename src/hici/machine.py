@@ -1,0 +1,20 @@
+"""Facts about the running process."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+import torch
+
+
+def peak_memory() -> int:
+    """Peak bytes so far: of the GPU's allocator where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined] # only there
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
