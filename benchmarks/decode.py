@@ -8,8 +8,9 @@ don't change the time, and the model's are random too, in the real shape. A cont
 segment size S) is timed around T + S/2 tokens in both modes, so that HiCI's unfinished segment is half full: its mean.
 A token of full attention sees all tokens so far, one of HiCI the slots and its segment. Greedy decoding, one row, one
 call of the model a token; a cell's time is the median of its tokens. DynamicCache copies all of its keys and values
-for every token; that is what users get, so it stays. Rounds are outermost: in each one HiCI decodes at all contexts and
-full attention then does, and ratios are taken round by round, so that a machine whose speed drifts hits all alike.
+for every token; that is what users get, so it stays. In a round HiCI decodes, its contexts taking turns token by token,
+and then full attention likewise (which holds the caches of all contexts); ratios are taken round by round. A machine
+whose speed drifts so hits all alike.
 
 The border. In the step that ends a segment HiCI makes the slots of the next one. Timed around it: steps of an almost
 full segment, the step that ends it, the step that begins the next. What these two take longer, divided by S, is the
@@ -48,7 +49,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure_prefill(args.one, args.prefill[0], args)))
         return
-    results = {"prefill": run_prefills(args), "decode": measure_decode(args)}
+    results = {"decode": measure_decode(args), "prefill": run_prefills(args)}
     text = report(args, results)
     print(text)
     if args.out is not None:
@@ -74,8 +75,7 @@ def parse() -> argparse.Namespace:
         if context < size or context % size:
             parser.error(f"--contexts {context} is no multiple of --segment-size {size}; give multiples")
     if len(args.prefill_rounds) not in (1, len(args.prefill)):
-        parser.error(f"--prefill-rounds has {len(args.prefill_rounds)} numbers for {len(args.prefill)} lengths; give "
-                     "one, or one each")  # fmt: skip
+        parser.error(f"{len(args.prefill_rounds)} --prefill-rounds for {len(args.prefill)} lengths; give 1, or 1 each")
     return args
 
 
@@ -119,24 +119,26 @@ def measure_decode(args: argparse.Namespace) -> list[dict[str, Any]]:
         for turn in range(args.rounds):
             for mode in MODES:
                 set_attention(model, mode)
-                for result in results if turn % 2 == 0 else reversed(results):
-                    measure_cell(model, fill, mode, result, args)
-                    cell = median(result["seconds"][mode][-1])
-                    print(f"{turn} {result['context']:>7} {mode:5} {1000 * cell:8.1f} ms", file=sys.stderr, flush=True)
+                measure_round(model, fill, mode, results, args)
+                cells = [f"{result['context']}: {1000 * median(result['seconds'][mode][-1]):.1f}" for result in results]
+                print(f"{turn} {mode:5} ms a token at {', '.join(cells)}", file=sys.stderr, flush=True)
     return results
 
 
-def measure_cell(
-    model: Any, fill: Callable[[str, int], Any], mode: str, result: dict[str, Any], args: argparse.Namespace
+def measure_round(
+    model: Any, fill: Callable[[str, int], Any], mode: str, results: list[dict[str, Any]], args: argparse.Namespace
 ) -> None:
-    """One mode at one context, in one round."""
-    size, context = args.segment_size, result["context"]  # one cache at a time: the last is freed on return
-    cache = fill(mode, context + size // 2 - args.new_tokens // 2 - WARM_UP)
-    result["seconds"][mode].append(decode(model, cache, args.new_tokens))
-    result["cache_bytes"][mode] = cache_bytes(cache)
+    """One mode at all contexts."""
+    half = args.segment_size // 2 - args.new_tokens // 2 - WARM_UP
+    caches = [fill(mode, result["context"] + half) for result in results]
+    for result, cache, seconds in zip(results, caches, decode(model, caches, args.new_tokens), strict=True):
+        result["seconds"][mode].append(seconds)
+        result["cache_bytes"][mode] = cache_bytes(cache)
     if mode == "hici":
-        times = decode(model, fill(mode, context + size - BEFORE_BORDER - 1 - WARM_UP), BEFORE_BORDER + 2)
-        result["border_seconds"].append(times)
+        almost = args.segment_size - BEFORE_BORDER - 1 - WARM_UP
+        caches = [fill(mode, result["context"] + almost) for result in results]
+        for result, seconds in zip(results, decode(model, caches, BEFORE_BORDER + 2), strict=True):
+            result["border_seconds"].append(seconds)
 
 
 def make_fill(model: Any, size: int) -> Callable[[str, int], Any]:
@@ -172,18 +174,20 @@ def make_fill(model: Any, size: int) -> Callable[[str, int], Any]:
     return lambda mode, tokens: fill_hici(tokens) if mode == "hici" else fill_full(tokens)
 
 
-def decode(model: Any, cache: Any, tokens: int) -> list[float]:
-    """Seconds of every token, after a warm-up."""
+def decode(model: Any, caches: list[Any], tokens: int) -> list[list[float]]:
+    """Seconds of every token, by cache; they take turns token by token. After a warm-up."""
     import torch
 
-    ids, seconds = torch.zeros(1, 1, dtype=torch.long, device=model.device), []
+    ids = [torch.zeros(1, 1, dtype=torch.long, device=model.device) for _ in caches]
+    seconds: list[list[float]] = [[] for _ in caches]
     for _ in range(WARM_UP + tokens):
-        synchronize()
-        started = time.perf_counter()
-        ids = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        synchronize()
-        seconds.append(time.perf_counter() - started)
-    return seconds[WARM_UP:]
+        for i, cache in enumerate(caches):
+            synchronize()
+            started = time.perf_counter()
+            ids[i] = model(input_ids=ids[i], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            synchronize()
+            seconds[i].append(time.perf_counter() - started)
+    return [each[WARM_UP:] for each in seconds]
 
 
 def synchronize() -> None:
@@ -221,8 +225,8 @@ def run_prefills(args: argparse.Namespace) -> list[dict[str, Any]]:
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                     result[name].setdefault(kind, []).append(value)
-                print(f"{turn} prefill {result['length']:>7} {kind:11} {result['seconds'][kind][-1]:7.1f} s",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                shown = f"{turn} prefill {result['length']:>7} {kind:11} {result['seconds'][kind][-1]:7.1f} s"
+                print(shown, file=sys.stderr, flush=True)
     return results
 
 
@@ -252,8 +256,7 @@ def measure_prefill(kind: str, length: int, args: argparse.Namespace) -> dict[st
     with torch.inference_mode():
         read(min(PREFILL_WARM_UP, length))
         reset_peak()
-        cuda = torch.cuda.is_available()
-        before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
+        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
         seconds = read(length)
     return {"seconds": seconds, "memory_before_bytes": before, "peak_memory_bytes": peak_bytes()}
 
@@ -265,16 +268,16 @@ def report(args: argparse.Namespace, results: dict[str, Any]) -> str:
     """All tables, and whether the limits are kept."""
     decoded, size = results["decode"], args.segment_size
     parts = [
-        f"## Decoding\n\nOne row, HiCI's segment of {size:,} half full. Medians over {args.rounds} rounds; ratios of "
-        f"speeds: medians of those round by round (smallest to largest).\n\n{decode_table(decoded)}",
+        f"## Decoding\n\nOne row, HiCI's segment of {size:,} half full. Medians over {args.rounds} rounds (smallest to "
+        f"largest); ratios of speeds are taken round by round.\n\n{decode_table(decoded)}",
         f"## The border of a segment (HiCI)\n\nMilliseconds of a step. Share: what the step that ends a segment and "
         f"the one that begins the next take longer than one in an almost full segment, over {size:,} tokens.\n\n"
         f"{border_table(decoded, size)}",
     ]
     if results["prefill"]:
         parts.append(
-            "## Prefill\n\nMedians over the rounds; measured to the lengths shown, and not extrapolated. GiB: the "
-            "process's largest peak, and in brackets what of it is over the model before.\n\n"
+            "## Prefill\n\nMedians over the rounds (smallest to largest); measured to the lengths shown, and not "
+            "extrapolated. GiB: the process's largest peak, and in brackets what of it is over the model before.\n\n"
             f"{prefill_table(results['prefill'])}"
         )
     return "\n\n".join([*parts, "## Limits\n\n" + "\n".join(f"* {line}" for line in checks(decoded))])
@@ -289,8 +292,8 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def spread(values: list[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def spread(values: list[float], digits: int = 2) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -306,7 +309,7 @@ def decode_table(results: list[dict[str, Any]]) -> str:
         size = result["cache_bytes"]
         rows.append([
             f"{result['context']:,}", f"{result['keys_seen']['full']:,}", f"{result['keys_seen']['hici']:,}",
-            f"{median(full):.2f}", f"{median(hici):.2f}", spread(ratios(hici, full)),
+            spread(full), spread(hici), spread(ratios(hici, full)),
             spread(ratios(hici, speeds(first, "hici"))), spread(ratios(full, speeds(first, "full"))),
             f"{size['full'] / 2**20:,.1f}", f"{size['hici'] / 2**20:,.1f}", f"{size['full'] / size['hici']:.1f}",
         ])  # fmt: skip
@@ -340,7 +343,7 @@ def prefill_table(results: list[dict[str, Any]]) -> str:
         memory = [f"{peak / 2**30:.2f} ({(peak - before) / 2**30:.2f})" for peak, before in pairs]
         rows.append([
             f"{result['length']:,}", str(result["rounds"]),
-            *(f"{median(seconds[kind]):.2f}" for kind in PREFILLS),
+            *(spread(seconds[kind], 1) for kind in PREFILLS),
             *(f"{result['length'] / median(seconds[kind]):,.0f}" for kind in PREFILLS),
             spread(ratios(seconds["hici_pieces"], seconds["full"])), *memory,
         ])  # fmt: skip
