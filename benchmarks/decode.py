@@ -302,8 +302,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def decode_table(results: list[dict[str, Any]]) -> str:
-    first = min(results, key=lambda result: result["context"])
-    rows = []
+    first, rows = min(results, key=lambda result: result["context"]), []
     for result in results:
         hici, full = speeds(result, "hici"), speeds(result, "full")
         size = result["cache_bytes"]
