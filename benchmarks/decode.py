@@ -13,7 +13,7 @@ and then full attention likewise (which holds the caches of all contexts); ratio
 whose speed drifts so hits all alike.
 
 The border. In the step that ends a segment HiCI makes the slots of the next one. Timed around it: steps of an almost
-full segment, the step that ends it, the step that begins the next. What these two take longer, divided by S, is the
+full segment, the step that ends it, the step that begins the next. What the end takes longer, divided by S, is the
 border's share of a token.
 
 Prefill. Full attention in one call, HiCI in pieces of a segment (`hici.prefill`) and in one call, each in a process of
@@ -270,8 +270,8 @@ def report(args: argparse.Namespace, results: dict[str, Any]) -> str:
     parts = [
         f"## Decoding\n\nOne row, HiCI's segment of {size:,} half full. Medians over {args.rounds} rounds (smallest to "
         f"largest); ratios of speeds are taken round by round.\n\n{decode_table(decoded)}",
-        f"## The border of a segment (HiCI)\n\nMilliseconds of a step. Share: what the step that ends a segment and "
-        f"the one that begins the next take longer than one in an almost full segment, over {size:,} tokens.\n\n"
+        f"## The border of a segment (HiCI)\n\nMilliseconds of a step. Share: what the step that ends a segment "
+        f"takes longer than one in an almost full segment, over {size:,} tokens.\n\n"
         f"{border_table(decoded, size)}",
     ]
     if results["prefill"]:
@@ -326,7 +326,7 @@ def border_table(results: list[dict[str, Any]], size: int) -> str:
         almost = [median(times[:BEFORE_BORDER]) for times in result["border_seconds"]]
         end, begin = ([times[BEFORE_BORDER + i] for times in result["border_seconds"]] for i in (0, 1))
         half = median(median(cell) for cell in result["seconds"]["hici"])
-        share = median(e + b - 2 * a for e, b, a in zip(end, begin, almost, strict=True)) / size
+        share = median(e - a for e, a in zip(end, almost, strict=True)) / size
         values = [f"{1000 * x:.1f}" for x in (half, median(almost), median(end), median(begin))]
         rows.append([f"{result['context']:,}", *values, f"{1000 * share:.4f}", f"{share / half:.2%}"])
     head = ["context", "half full", "almost full", "ends it", "begins the next", "share ms a token", "share of a token"]
