@@ -173,7 +173,7 @@ class HiCICache(Cache):
     def snapshot(self) -> Snapshot:
         """The cache as it is now, to `restore` it later: questions about one document, a turn that is taken back."""
         self._check_whole()
-        states = tuple(layer.state.map(torch.clone) for layer in self.layers)
+        states = tuple(layer.state.copy(layer.num_slots, self.segment_size) for layer in self.layers)
         snapshot = Snapshot(self.get_seq_length(), states, self._reader)
         self._snapshots.add(snapshot)
         return snapshot
@@ -263,7 +263,7 @@ class HiCICache(Cache):
 
     def model_fingerprint(self) -> str:
         """Of the model that it was made for."""
-        return model_fingerprint(self._reader.decoder())
+        return fingerprint_of(self._reader.decoder())
 
     def placements(self) -> list[tuple[torch.device, torch.dtype]]:
         """Device and dtype of every layer of that model."""
@@ -292,7 +292,7 @@ class Reader:
         own = self._decoder()
         if own is decoder:
             return
-        if own is None or model_fingerprint(own) != model_fingerprint(decoder):
+        if own is None or fingerprint_of(own) != fingerprint_of(decoder):
             raise ValueError(
                 "the HiCICache was made for another model; make one with HiCICache(model) for this one, and read the "
                 "tokens again"
@@ -312,9 +312,14 @@ def slots_in_use(config: HiCIConfig) -> int:
     return config.use_global * config.num_global_slots + config.use_local * config.num_local_slots
 
 
+def fingerprint_of(decoder: Any) -> str:
+    """Of all weights that what a cache holds depends on: HiCI modules that nobody uses may hold anything."""
+    return model_fingerprint(decoder, hici_modules=bool(slots_in_use(hici_config(decoder))))
+
+
 def check_bounded(config: HiCIConfig) -> None:
     """Raise ValueError when a config does not allow generation in bounded memory."""
-    remedy = f"pass {USE_DYNAMIC} for the published decode over raw keys"
+    remedy = f"pass {USE_DYNAMIC} for the published decode over raw keys (decode='raw' in the config, --decode raw)"
     if config.visibility != "past":
         raise ValueError(
             f"visibility={config.visibility!r} with a HiCICache: tokens of a segment see a summary of what comes after "
@@ -324,7 +329,8 @@ def check_bounded(config: HiCIConfig) -> None:
     if config.segment_size is None:
         raise ValueError(
             f"num_segments={config.num_segments} with a HiCICache: the segments would change with every token; call "
-            f"hici.reconfigure(model, segment_size=S) with the segments' length in training, or {remedy}"
+            f"hici.reconfigure(model, segment_size=S) with the segments' length in training (--segment-size S), or "
+            + remedy
         )
     if config.decode != "auto":
         raise ValueError(

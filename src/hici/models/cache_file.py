@@ -45,13 +45,8 @@ def save(cache: HiCICache, path: str | Path, *, about: dict[str, Any] | None = N
     if not cache.tokens:
         raise ValueError("the HiCICache is empty; read something with it before saving it")
     states = cache.snapshot().states
-    held = max(tokens % cache.segment_size for tokens in cache.tokens)
-    tensors = {}
-    for i, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
-        for name, tensor in state.tensors().items():
-            if name in ("keys", "values"):
-                tensor = tensor[:, :, : layer.num_slots + held]
-            tensors[f"layers.{i}.{name}"] = tensor.contiguous()
+    tensors = {f"layers.{i}.{name}": tensor.contiguous()
+               for i, state in enumerate(states) for name, tensor in state.tensors().items()}  # fmt: skip
     values = {
         "format_version": FORMAT_VERSION,
         "hici": cache.config.to_dict(),

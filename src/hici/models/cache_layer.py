@@ -53,6 +53,12 @@ class LayerState:
             None if self.statistics is None else RunningStatistics(*map(function, self.statistics)),
         )
 
+    def copy(self, num_slots: int, segment_size: int) -> LayerState:
+        """Of its own tensors, without the space that is kept free."""
+        end = num_slots + max((tokens % segment_size for tokens in self.before), default=0)
+        keys, values = (None if x is None else x[:, :, :end] for x in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values).map(torch.clone)
+
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name."""
         named = {"keys": self.keys, "values": self.values}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
@@ -13,6 +13,12 @@ from hici.models.cache import HiCICache, Snapshot
 from hici.models.lookup import FULL, HICI, attention_mode, get_causal_lm, hici_config
 from hici.models.prefill import Progress, prefill
 from hici.rope import check_context
+
+
+class _Place(NamedTuple):
+    length: int
+    snapshot: Snapshot
+    passing: bool
 
 
 class Session:
@@ -39,7 +45,7 @@ class Session:
         elif mode == HICI and hici_config(model).bounded_decode:
             self.cache = HiCICache(model, allow_beyond_rope=allow_beyond_rope)
         self._ids: list[int] = []  # of all tokens in the cache
-        self._kept: list[tuple[int, Snapshot]] = []
+        self._kept: list[_Place] = []
 
     def check_length(self, tokens: int) -> None:
         """Raise ValueError when the model's rope does not represent that many (and that is not allowed)."""
@@ -58,7 +64,7 @@ class Session:
                 "attention hici with visibility 'past', a segment_size and decode 'auto'"
             )
         self.check_length(len(ids))
-        self._go_back(_common(self._ids, ids))
+        self._go_back(common_length(self._ids, ids))
         new = ids[len(self._ids) :]
         if new:
             with torch.inference_mode():
@@ -66,19 +72,19 @@ class Session:
         self._ids = list(ids)
         return len(new)
 
-    def keep(self) -> None:
-        """Remember this place: it can be gone back to, whatever is read after it."""
-        if isinstance(self.cache, HiCICache):
-            self._kept = [(length, kept) for length, kept in self._kept if length < len(self._ids)]
-            self._kept.append((len(self._ids), self.cache.snapshot()))
+    def keep(self, *, passing: bool = False) -> None:
+        """Remember this place: it can be gone back to, whatever is read after it.
 
-    def forget(self, length: int) -> None:
-        """Drop the places behind the first `length` tokens, but not those up to there."""
-        self._kept = [(at, kept) for at, kept in self._kept if at <= length]
+        `passing`: until the next passing one. A place costs as much memory as the cache.
+        """
+        if isinstance(self.cache, HiCICache):
+            here = len(self._ids)
+            self._kept = [x for x in self._kept if x.length < here and not (passing and x.passing)]
+            self._kept.append(_Place(here, self.cache.snapshot(), passing))
 
     def recover(self) -> None:
         """After a call that was interrupted: back to the last place that was kept, or to the beginning."""
-        self._go_back(self._kept[-1][0] if self._kept else 0, whole=False)
+        self._go_back(self._kept[-1].length if self._kept else 0, whole=False)
 
     def after_generation(self, ids: list[int]) -> None:
         """The cache has read on by itself: `ids` are all tokens, of which it may hold fewer."""
@@ -91,10 +97,10 @@ class Session:
             return
         cache = self.cache
         if isinstance(cache, HiCICache):
-            self._kept = [(at, kept) for at, kept in self._kept if at <= length]
+            self._kept = [x for x in self._kept if x.length <= length]
             if self._kept:
-                length, snapshot = self._kept[-1]
-                cache.restore(snapshot)
+                length = self._kept[-1].length
+                cache.restore(self._kept[-1].snapshot)
             else:
                 length = 0
                 cache.reset()
@@ -116,7 +122,7 @@ class Session:
         Raises:
             ValueError: the cache is none of bounded memory; see `HiCICache.save`.
         """
-        self._bounded("saving").save(path, about={"ids_sha256": _hash(self._ids), "ids": len(self._ids)})
+        self.check_bounded("saving").save(path, about={"ids_sha256": _hash(self._ids), "ids": len(self._ids)})
 
     def load(self, path: str | Path, ids: list[int]) -> None:
         """Take the cache from a file in which these tokens, and no others, were read.
@@ -126,7 +132,7 @@ class Session:
         """
         from hici.models.cache_file import read_about
 
-        self._bounded("loading")
+        self.check_bounded("loading")
         about = read_about(path)
         if about.get("ids_sha256") != _hash(ids):
             raise ValueError(
@@ -136,16 +142,17 @@ class Session:
         self.cache = HiCICache.load(path, self.model, allow_beyond_rope=self.allow_beyond_rope)
         self._ids, self._kept = list(ids), []
 
-    def _bounded(self, what: str) -> HiCICache:
+    def check_bounded(self, what: str) -> HiCICache:
+        """The HiCICache; ValueError when what was read is kept in another way, or not at all."""
         if not isinstance(self.cache, HiCICache):
             raise ValueError(
-                f"{what} what was read needs attention hici with visibility 'past', a segment_size and decode 'auto' "
-                "(the cache is small there); use that, or read again"
+                f"{what}: what was read is kept in a file only where the cache is small; use attention hici with "
+                "visibility 'past', a segment_size and decode 'auto', or read again"
             )
         return self.cache
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def common_length(a: list[int], b: list[int]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
