@@ -1,14 +1,17 @@
 """`hici generate`: greedy is model.generate, draws follow the seed, prompts from everywhere, refusals."""
 
 import io
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import hici
-from hici.models.generate import encode_prompt, generate
+from hici.models.generate import encode_prompt
+from hici.models.generate import generate as generate_in_session
 from hici.models.modes import set_attention
+from hici.models.session import Session
 
 PROMPT = "the cat sees the river and the old dog runs over"
 
@@ -16,6 +19,11 @@ PROMPT = "the cat sees the river and the old dog runs over"
 @pytest.fixture(autouse=True)
 def _piped(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+
+
+def generate(model, tokenizer, ids, **options):
+    """In a session of its own."""
+    return generate_in_session(Session(model), tokenizer, ids, **options)
 
 
 def expected_greedy(model, tokenizer, prompt, count):
@@ -26,19 +34,25 @@ def expected_greedy(model, tokenizer, prompt, count):
     return out[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("attention", ["full", "hici"])
-def test_greedy_equals_the_models_own_generate(adapter_directory, tokenizer, attention, hici_command):
+@pytest.mark.parametrize("attention, decode", [("full", None), ("hici", None), ("hici", "auto"), ("hici", "raw")])
+def test_greedy_equals_the_models_own_generate(adapter_directory, tokenizer, attention, decode, hici_command):
     model = hici.from_pretrained(adapter_directory, attention=attention)
+    if decode is not None:
+        hici.reconfigure(model, decode=decode)
     expected = expected_greedy(model, tokenizer, PROMPT, 12)
     result = generate(model, tokenizer, encode_prompt(tokenizer, PROMPT), max_new_tokens=12)
     assert result.tokens == expected
     done = hici_command("generate", adapter_directory, "--prompt", PROMPT, "--max-new-tokens", 12, "--attention",
-                        attention)  # fmt: skip
+                        attention, *(() if decode is None else ("--decode", decode)))  # fmt: skip
     assert done.status == 0, done.err
     assert done.out.rstrip("\n") == tokenizer.decode(expected, skip_special_tokens=True).rstrip("\n")
-    assert f"{result.prompt_tokens} prompt tokens, 12 new tokens" in done.err
-    assert "new tokens/s" in done.err
-    assert ("visibility past; new tokens attend to raw keys" in done.err) is (attention == "hici")
+    assert f"{result.prompt_tokens} of {result.prompt_tokens} prompt tokens read in" in done.err
+    assert re.search(r"tokens/s\), 12 new tokens at [\d.]+ tokens/s", done.err)
+    assert re.search(r"peak memory [\d.]+ GiB\n$", done.err)
+    assert ("visibility past; new tokens attend to raw keys" in done.err) is (decode == "raw")
+    bounded = attention == "hici" and decode != "raw"
+    assert ("visibility past, in memory that does not grow (segments of 16 tokens)" in done.err) is bounded
+    assert ("; cache " in done.err) is (decode != "raw")
 
 
 def test_attention_matters(adapter_directory, tokenizer):
@@ -82,7 +96,7 @@ def test_without_top_p_every_token_can_be_drawn(base_directory, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(base_directory)
     ids = encode_prompt(tokenizer, PROMPT)
     with torch.no_grad():
-        order = model(ids).logits[0, -1].argsort(descending=True).tolist()
+        order = model(torch.tensor([ids])).logits[0, -1].argsort(descending=True).tolist()
     # nearly uniform over all entries: not only over the 50 that transformers' default top_k would leave
     first = [generate(model, tokenizer, ids, max_new_tokens=1, temperature=1e4, seed=i).tokens[0] for i in range(12)]
     assert max(order.index(token) for token in first) > 50
@@ -110,9 +124,9 @@ def test_prompt_from_flag_file_and_stdin(base_directory, tmp_path, hici_command)
 
 def test_chat_uses_the_template(base_directory, tokenizer, hici_command):
     ids = encode_prompt(tokenizer, PROMPT, chat=True)
-    assert tokenizer.decode(ids[0]) == f"[user] {PROMPT}[assistant]"
+    assert tokenizer.decode(ids) == f"[user] {PROMPT}[assistant]"
     done = hici_command("generate", base_directory, "--prompt", PROMPT, "--chat", "--max-new-tokens", 3)
-    assert f"{ids.shape[1]} prompt tokens" in done.err
+    assert f"{len(ids)} of {len(ids)} prompt tokens" in done.err
 
 
 @pytest.mark.parametrize(
@@ -120,6 +134,10 @@ def test_chat_uses_the_template(base_directory, tokenizer, hici_command):
     [
         (["--prompt", " \n"], "the prompt is empty"),
         (["--prompt", "a", "--prompt-file", "b"], "both given"),
+        (["--prompt", "a", "--prompt", " "], "the prompt is empty"),
+        (["--prompt", "a", "--document", "/no/such/file"], "--document /no/such/file does not exist"),
+        (["--prompt", "a", "--document-cache", "x"], "--document-cache x without --document; give the document too"),
+        (["--prompt", "a", "--decode", "raw"], "--decode raw changes nothing in attention full; add --attention hici"),
         (["--prompt-file", "/no/such/file"], "--prompt-file /no/such/file does not exist"),
         (["--prompt", PROMPT, "--max-new-tokens", 500], "tokens are more than the 128 positions"),
         (["--prompt", PROMPT, "--temperature", -1], "temperature=-1.0 is not a number >= 0"),
@@ -156,3 +174,90 @@ def test_chat_without_a_template(tokenizer):
 def test_beyond_the_rope_when_allowed(base_directory, hici_command):
     done = hici_command("generate", base_directory, "--prompt", PROMPT, "--max-new-tokens", 130, "--allow-beyond-rope")
     assert done.status == 0, done.err
+
+
+def test_several_prompts_are_each_by_itself(adapter_directory, hici_command):
+    common = ["generate", adapter_directory, "--attention", "hici", "--max-new-tokens", 6]
+    prompts = [PROMPT, "the river runs under the old house"]
+    alone = [hici_command(*common, "--prompt", prompt).out for prompt in prompts]
+    together = hici_command(*common, "--prompt", prompts[0], "--prompt", prompts[1])
+    assert together.out == "".join(alone)
+    assert alone[0] != alone[1]
+
+
+@pytest.fixture
+def document(tmp_path):
+    file = tmp_path / "document.txt"
+    file.write_text("a blue tree sings. " * 6)
+    return file
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("attention", ["full", "hici"])
+def test_a_document_is_read_once(adapter_directory, tokenizer, document, attention, chat, hici_command):
+    text, flags = document.read_text(), ["--chat"] if chat else []
+    common = ["generate", adapter_directory, "--attention", attention, "--max-new-tokens", 6, *flags]
+    done = hici_command(*common, "--document", document, "--prompt", "the cat", "--prompt", "a dog")
+    assert done.status == 0, done.err
+    whole = [hici_command(*common, "--prompt", f"{text}\n\n{prompt}") for prompt in ("the cat", "a dog")]
+    assert done.out == "".join(x.out for x in whole)
+    count = int(re.search(r"document of (\d+) tokens read", done.err)[1])
+    assert count > 16  # more than a segment
+    for read, prompt in re.findall(r"(\d+) of (\d+) prompt tokens read", done.err):
+        assert int(read) == int(prompt) - count
+
+
+def test_a_document_is_kept_in_a_file(adapter_directory, document, tmp_path, hici_command):
+    kept = tmp_path / "kept.hicicache"
+    common = ["generate", adapter_directory, "--attention", "hici", "--max-new-tokens", 6, "--prompt", "the cat",
+              "--document", document]  # fmt: skip
+    plain = hici_command(*common)
+    first = hici_command(*common, "--document-cache", kept)
+    assert f"kept in {kept}" in first.err
+    second = hici_command(*common, "--document-cache", kept)
+    assert f"tokens taken from {kept}" in second.err
+    assert plain.out == first.out == second.out != ""
+    document.write_text("another document")
+    other = hici_command(*common, "--document-cache", kept)
+    assert (other.status, other.out) == (2, "")
+    assert f"{kept} holds" in other.err
+    assert "of another text" in other.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--attention", "hici", "--decode", "raw"]], ids=str)
+def test_a_document_cache_needs_bounded_memory(adapter_directory, document, tmp_path, flags, hici_command):
+    done = hici_command("generate", adapter_directory, "--prompt", "a", "--document", document, "--document-cache",
+                        tmp_path / "kept", *flags)  # fmt: skip
+    assert done.status == 2
+    assert "--document-cache: what was read is kept in a file only where the cache is small; use attention" in done.err
+    assert not (tmp_path / "kept").exists()
+
+
+def test_num_segments_say_what_to_do(adapter_directory, hici_command):
+    done = hici_command("generate", adapter_directory, "--prompt", "a", "--attention", "hici", "--num-segments", 4)
+    assert done.status == 2
+    assert "num_segments=4 with a HiCICache" in done.err
+    assert "(--segment-size S)" in done.err
+    assert "--decode raw" in done.err
+    raw = hici_command("generate", adapter_directory, "--prompt", PROMPT, "--attention", "hici", "--num-segments", 4,
+                       "--decode", "raw", "--max-new-tokens", 4)  # fmt: skip
+    assert raw.status == 0, raw.err
+
+
+def test_segments_without_slots_on_a_plain_model(base_directory, hici_command):
+    common = [
+        "generate",
+        base_directory,
+        "--prompt",
+        PROMPT,
+        "--attention",
+        "hici",
+        "--no-slots",
+        "--max-new-tokens",
+        6,
+    ]
+    done = hici_command(*common, "--segment-size", 8)
+    assert "read and written with segments without slots, in memory that does not grow (segments of 8" in done.err
+    one = hici_command(*common, "--segment-size", 128)
+    assert one.out == hici_command("generate", base_directory, "--prompt", PROMPT, "--max-new-tokens", 6).out
+    assert one.out != done.out

@@ -45,8 +45,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("generate", help="continue a prompt", description=_DESCRIPTION, epilog=_EXAMPLES)
     add_writing_flags(parser)
     group = parser.add_argument_group("prompt")
-    group.add_argument("--prompt", metavar="TEXT", action="append", help="the prompt (default: from stdin); may be given "
-                       "several times")  # fmt: skip
+    group.add_argument("--prompt", metavar="TEXT", action="append", help="the prompt (default: read from stdin); "
+                       "may be given several times")  # fmt: skip
     group.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     group.add_argument("--chat", action="store_true", help="as a user's message in the tokenizer's chat template")
 

@@ -1,0 +1,163 @@
+"""Reading in pieces, and sessions that keep what was read."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from helpers import difference, logits, padded, random_ids, strong_model
+from hici import HiCICache, prefill, reconfigure
+from hici.models.session import Session
+
+LONG = {"max_position_embeddings": 512}
+
+
+@pytest.fixture(scope="module")
+def bounded():
+    return strong_model(visibility="past", options=LONG)
+
+
+def _next_logits(model, ids, cache, mask=None):
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("piece_size", [None, 1, 5, 8, 100])
+def test_pieces_of_any_size_equal_one_pass(bounded, piece_size):
+    ids = random_ids(2, 61)
+    seen = []
+    cache = prefill(
+        bounded, ids[:, :-3], piece_size=piece_size, progress=lambda done, total: seen.append((done, total))
+    )
+    assert isinstance(cache, HiCICache)
+    assert difference(_next_logits(bounded, ids[:, -3:], cache), logits(bounded, ids)[:, -3:]) < 1e-5
+    assert [total for _, total in seen] == [58] * len(seen)
+    assert seen[-1] == (58, 58)
+    expected = {None: 8, 1: 58, 5: 12, 8: 8, 100: 1}[piece_size]
+    assert len(seen) == expected
+
+
+def test_pieces_end_at_borders_whatever_was_read_before(bounded):
+    ids = random_ids(1, 40)
+    ends = []
+    cache = prefill(bounded, ids[:, :5])
+    prefill(bounded, ids[:, 5:], cache, progress=lambda done, _: ends.append(5 + done))
+    assert ends == [8, 16, 24, 32, 40]
+
+
+def test_padded_rows(bounded):
+    rows = [random_ids(1, length, seed=length)[0] for length in (45, 29, 8)]
+    ids, mask = padded(rows, "left")
+    cache = prefill(bounded, ids[:, :-1], attention_mask=mask[:, :-1])
+    out = _next_logits(bounded, ids[:, -1:], cache, mask)
+    for i, row in enumerate(rows):
+        assert difference(out[i], logits(bounded, row[None])[0, -1:]) < 1e-5
+
+
+def test_full_attention_fills_the_models_own_cache(bounded):
+    ids = random_ids(2, 61)
+    bounded.set_attn_implementation("sdpa")
+    try:
+        cache = prefill(bounded, ids[:, :-3], piece_size=7)
+        assert isinstance(cache, DynamicCache)
+        assert difference(_next_logits(bounded, ids[:, -3:], cache), logits(bounded, ids)[:, -3:]) < 1e-5
+    finally:
+        bounded.set_attn_implementation("hici")
+
+
+def test_only_a_piece_passes_through_the_model_at_a_time(bounded):
+    """Bounded activations: no call sees more than a segment, and none makes logits."""
+    lengths = []
+    hook = bounded.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    head = bounded.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits were made"))
+    prefill(bounded, random_ids(1, 100))
+    hook.remove()
+    head.remove()
+    assert max(lengths) == 8
+    assert sum(lengths) == 100
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "there are no tokens to read; give at least one"),
+        ({"piece_size": 0}, "piece_size=0 is below 1; give at least 1 token, or None"),
+        ({"cache": DynamicCache()}, "a prefill in pieces with a DynamicCache in attention mode 'hici'"),
+    ],
+    ids=str,
+)
+def test_refusals(bounded, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prefill(bounded, **{"input_ids": random_ids(1, 9), **arguments})
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "hici"])
+def test_a_session_reads_only_what_is_new(bounded, mode):
+    bounded.set_attn_implementation(mode)
+    try:
+        session = Session(bounded)
+        ids = random_ids(1, 60)[0].tolist()
+        other = [*ids[:20], *random_ids(1, 9, seed=4)[0].tolist()]
+        assert session.read(ids[:20]) == 20
+        session.keep()
+        assert session.read(ids[:20]) == 0
+        assert session.read(ids) == 40
+        assert session.read(other) == 9  # back to the kept place, or cropped
+        assert session.read(ids[:45]) == 25
+        bounded_again = session.read(ids[:30])
+        assert bounded_again == (10 if mode == "hici" else 0)
+        out = _next_logits(bounded, torch.tensor([ids[30:33]]), session.cache)
+        assert difference(out, logits(bounded, torch.tensor([ids[:33]]))[:, 30:]) < 1e-5
+    finally:
+        bounded.set_attn_implementation("hici")
+
+
+def test_only_the_last_passing_place_is_kept(bounded):
+    session = Session(bounded)
+    ids = random_ids(1, 60)[0].tolist()
+    for length, passing in ((10, False), (20, True), (30, False), (40, True), (50, True)):
+        session.read(ids[:length])
+        session.keep(passing=passing)
+    assert [place.length for place in session._kept] == [10, 30, 50]
+    assert session.read(ids[:45]) == 15
+    assert session.read(ids[:25]) == 15
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "hici"])
+def test_an_interrupted_call_is_recovered_from(bounded, mode, monkeypatch):
+    bounded.set_attn_implementation(mode)
+    try:
+        session = Session(bounded)
+        ids = random_ids(1, 40)[0].tolist()
+        session.read(ids[:10])
+        session.keep()
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        hook = bounded.model.layers[1].register_forward_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.read(ids[:30])
+        hook.remove()
+        session.recover()
+        assert session.read(ids[:37]) == (27 if mode == "hici" else 37)
+        out = _next_logits(bounded, torch.tensor([ids[37:]]), session.cache)
+        assert difference(out, logits(bounded, torch.tensor([ids]))[:, 37:]) < 1e-5
+    finally:
+        bounded.set_attn_implementation("hici")
+
+
+def test_raw_decode_keeps_nothing():
+    model = strong_model(visibility="all")
+    session = Session(model)
+    assert session.cache is None
+    with pytest.raises(ValueError, match="reading ahead with decode over raw keys: a prompt must be read in one"):
+        session.read([1, 2, 3])
+    reconfigure(model, visibility="past", decode="raw")
+    assert Session(model).cache is None
+
+
+def test_more_tokens_than_the_rope_represents(bounded):
+    ids = random_ids(1, 513)[0].tolist()
+    with pytest.raises(ValueError, match="513 tokens are more than the 512 positions"):
+        Session(bounded).read(ids)
+    assert Session(bounded, allow_beyond_rope=True).read(ids) == 513
