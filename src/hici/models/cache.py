@@ -71,7 +71,7 @@ class HiCICache(Cache):
         self.step: Step | None = None
         self._reader = Reader(get_decoder(model))
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
-        super().__init__(layers=[HiCILayer(slots_in_use(self.config)) for _ in attention_modules(model)])
+        super().__init__(layers=[HiCILayer(self.config.slots_in_use) for _ in attention_modules(model)])
 
     # ---- what it holds
 
@@ -307,14 +307,9 @@ class Reader:
         return own
 
 
-def slots_in_use(config: HiCIConfig) -> int:
-    """P: slots that a token sees."""
-    return config.use_global * config.num_global_slots + config.use_local * config.num_local_slots
-
-
 def fingerprint_of(decoder: Any) -> str:
     """Of all weights that what a cache holds depends on: HiCI modules that nobody uses may hold anything."""
-    return model_fingerprint(decoder, hici_modules=bool(slots_in_use(hici_config(decoder))))
+    return model_fingerprint(decoder, hici_modules=bool(hici_config(decoder).slots_in_use))
 
 
 def check_bounded(config: HiCIConfig) -> None:
