@@ -141,7 +141,7 @@ def report(result: Any, session: Any) -> None:
     """Counts, speed and the cache's size, on stderr."""
     reading = f"{result.read_tokens:,} of {result.prompt_tokens:,} prompt tokens read in {result.read_seconds:.1f} s"
     speed = result.tokens_per_second
-    cache = "" if session.cache is None else f"; cache {cache_bytes(session.cache) / 2**20:,.1f} MiB"
+    cache = "" if session.cache is None else f"; cache {session.cache_bytes / 2**20:,.1f} MiB"
     say(
         f"{reading} ({result.read_tokens / result.read_seconds:,.0f} tokens/s), {len(result.tokens):,} new tokens"
         f"{' (end of text)' if result.ended else ''}{'' if speed is None else f' at {speed:.1f} tokens/s'}{cache}"
@@ -153,13 +153,6 @@ def report_memory() -> None:
     from hici.machine import peak_memory
 
     say(f"peak memory {peak_memory() / 2**30:.2f} GiB")
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of a HiCICache, or of the keys and values of another."""
-    if hasattr(cache, "nbytes"):
-        return int(cache.nbytes)
-    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)
 
 
 def say(text: str) -> None:

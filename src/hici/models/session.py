@@ -47,6 +47,14 @@ class Session:
         self._ids: list[int] = []  # of all tokens in the cache
         self._kept: list[_Place] = []
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values (and, in bounded memory, the rest) that are kept; 0 where nothing is."""
+        if isinstance(self.cache, HiCICache):
+            return self.cache.nbytes
+        layers: list[Any] = [] if self.cache is None else self.cache.layers
+        return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values) if x is not None)
+
     def check_length(self, tokens: int) -> None:
         """Raise ValueError when the model's rope does not represent that many (and that is not allowed)."""
         if not self.allow_beyond_rope:
