@@ -37,6 +37,7 @@ class Snapshot:
     columns: int
     states: tuple[LayerState, ...]
     reader: Reader
+    earlier: weakref.WeakSet[Snapshot]  # those on the way to it
 
 
 class HiCICache(Cache):
@@ -174,7 +175,7 @@ class HiCICache(Cache):
         """The cache as it is now, to `restore` it later: questions about one document, a turn that is taken back."""
         self._check_whole()
         states = tuple(layer.state.copy(layer.num_slots, self.segment_size) for layer in self.layers)
-        snapshot = Snapshot(self.get_seq_length(), states, self._reader)
+        snapshot = Snapshot(self.get_seq_length(), states, self._reader, weakref.WeakSet(self._snapshots))
         self._snapshots.add(snapshot)
         return snapshot
 
@@ -190,8 +191,8 @@ class HiCICache(Cache):
         for layer, state in zip(self.layers, snapshot.states, strict=True):
             layer.reset()
             layer.state = state.map(torch.clone)
-        # later ones may hold what is read no more
-        self._snapshots = weakref.WeakSet(x for x in self._snapshots if x.columns <= snapshot.columns)
+        # others, later or of another continuation, hold what is not read now
+        self._snapshots = weakref.WeakSet([*snapshot.earlier, snapshot])
 
     def reset(self) -> None:
         """Forget everything."""
