@@ -178,6 +178,7 @@ class HiCILayer(CacheLayerMixin):
             )
         kept = self.state.values
         if kept is not None and kept.dtype != value_states.dtype:
+            self._call = None  # nothing has changed here
             raise ValueError(
                 f"the HiCICache holds {kept.dtype}, but the model computes in {value_states.dtype}; make a new "
                 f"HiCICache, or read on in {kept.dtype}"
