@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hici.config import HiCIConfig
-from hici.models.cache_layer import USE_DYNAMIC, HiCILayer, LayerState
+from hici.models.cache_layer import NO_GRADIENTS, USE_DYNAMIC, HiCILayer, LayerState
 from hici.models.cache_step import Step, make_step
 from hici.models.fingerprint import model_fingerprint
 from hici.models.lookup import attention_modules, get_decoder, hici_config, is_attached
@@ -107,9 +107,12 @@ class HiCICache(Cache):
             Positions [B, T] of the new tokens; None where they count on from the columns so far.
 
         Raises:
-            ValueError: another model or config than the cache was made for; rows or mask that do not go with what it
-                holds; more tokens than the rope represents; an earlier call that stopped in its middle.
+            ValueError: another model or config than the cache was made for; gradients would be recorded; rows or mask
+                that do not go with what it holds; more tokens than the rope represents; an earlier call that stopped
+                in its middle.
         """
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, *decoder.parameters())):
+            raise ValueError(NO_GRADIENTS)
         self._reader.check(decoder)
         self._check_config(hici_config(decoder))
         self._check_whole()

@@ -22,6 +22,10 @@ from hici.core.local_construction import RunningConstruction
 from hici.models.cache_step import Part, Step
 
 USE_DYNAMIC = "transformers.DynamicCache(config=model.config)"
+NO_GRADIENTS = (
+    "a HiCICache while gradients are recorded: it is written in place and keeps no graph; call the model under "
+    "torch.no_grad(), or without a cache (use_cache=False)"
+)
 
 
 @dataclasses.dataclass
@@ -107,10 +111,7 @@ class HiCILayer(CacheLayerMixin):
             ValueError: gradients would be recorded.
         """
         if hidden_BTD.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "a HiCICache while gradients are recorded: it is written in place and keeps no graph; call the model "
-                "under torch.no_grad(), or without a cache (use_cache=False)"
-            )
+            raise ValueError(NO_GRADIENTS)
         call = self._call = _Call(step)
         if not self.num_slots:
             return
