@@ -182,6 +182,23 @@ def logits(model, ids, mask=None, **inputs):
         return model(ids, attention_mask=mask, **inputs).logits
 
 
+def cut(length, borders):
+    """(begin, end) of the pieces of `length` tokens, cut at those of the borders that are inside."""
+    places = sorted({0, length, *(border for border in borders if border < length)})
+    return list(zip(places[:-1], places[1:], strict=True))
+
+
+@torch.no_grad()
+def read(model, cache, ids, pieces, mask=None, **inputs):
+    """Logits of calls with the pieces (begin, end) of ids, one after another with the cache: [B, T, V]."""
+    outs = []
+    for begin, end in pieces:
+        part = {name: x[:, begin:end] for name, x in inputs.items()}
+        seen = None if mask is None else mask[:, :end]
+        outs.append(model(ids[:, begin:end], attention_mask=seen, past_key_values=cache, **part).logits)
+    return torch.cat(outs, dim=1)
+
+
 def padded(rows, side, total=None, fill=0):
     """(ids, mask) of rows of different lengths, padded on one side."""
     total = total or max(len(row) for row in rows)

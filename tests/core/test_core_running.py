@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import difference, record_paths, relative
+from helpers import cut, difference, record_paths, relative
 from hici.core.broadcast import build_slots, next_slots
 from hici.core.global_integration import (
     GlobalIntegrator,
@@ -31,12 +31,6 @@ def _constructor(path="plain", bottleneck=8, seed=0):
     return module
 
 
-def _cut(length, borders):
-    """(begin, end) of pieces of `length` tokens."""
-    places = sorted({0, length, *(b for b in borders if b < length)})
-    return list(zip(places[:-1], places[1:], strict=True))
-
-
 def _in_pieces(module, tokens_BTD, real_BT, pieces):
     running, queries = module.start(tokens_BTD.shape[0]), module.queries()
     for begin, end in pieces:
@@ -57,7 +51,7 @@ def test_construction_in_pieces(path, bottleneck, length, borders, seed):
     tokens = torch.randn(2, length, D)
     expected = _whole(module, tokens)
     assert expected.abs().max() > 0.01
-    assert relative(_in_pieces(module, tokens, None, _cut(length, borders)), expected) < 1e-5
+    assert relative(_in_pieces(module, tokens, None, cut(length, borders)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -69,7 +63,7 @@ def test_construction_in_pieces_with_padding(path, length, borders, seed):
     real[2] = False
     expected = _whole(module, tokens, real)
     spoiled = torch.where(real[..., None], tokens, float("nan"))
-    out = _in_pieces(module, spoiled, real, _cut(length, borders))
+    out = _in_pieces(module, spoiled, real, cut(length, borders))
     assert out.isfinite().all()
     assert difference(out, expected) <= 1e-5 * expected.abs().max().clamp(min=1e-3)
     assert torch.equal(out[2], torch.zeros_like(out[2]))
@@ -93,7 +87,7 @@ def test_construction_of_scores_far_apart():
     tokens = torch.randn(1, 12, D) * torch.tensor([1.0, 1000.0, 1.0, 300.0]).repeat_interleave(3)[None, :, None]
     scores, _ = module._scores(tokens, module.queries())
     assert scores.abs().max() > 100
-    assert relative(_in_pieces(module, tokens, None, _cut(12, [3, 6, 9])), _whole(module, tokens)) < 1e-5
+    assert relative(_in_pieces(module, tokens, None, cut(12, [3, 6, 9])), _whole(module, tokens)) < 1e-5
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -131,7 +125,7 @@ def _continued(local_BNMD, pieces):
 def test_statistics_in_pieces(n, borders, offset, seed):
     torch.manual_seed(seed)
     local = offset + torch.randn(2, n, M, D)
-    whole, pieces = running_statistics(local), _continued(local, _cut(n, borders))
+    whole, pieces = running_statistics(local), _continued(local, cut(n, borders))
     for name in RunningStatistics._fields:
         assert relative(getattr(pieces, name), getattr(whole, name)) < 1e-5, name
     for i in range(n):
