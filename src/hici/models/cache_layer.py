@@ -335,7 +335,7 @@ def _grown(kept_BJXE: Tensor | None, new_BTJE: Tensor, needed: int, largest: int
 def _of_last_finished(x_BG: Tensor, old_B: Tensor, step: Step) -> Tensor:
     """Of x [B, G, ...] each row's value at the last segment that it finished in the call; `old` [B, ...] if none."""
     if step.uniform:
-        return x_BG[:, -1]
+        return x_BG[:, -1].clone()  # a view would keep all G of them
     last_B = torch.tensor([max(count - 1, 0) for count in step.finished], device=x_BG.device)
     picked_B = x_BG[torch.arange(len(last_B), device=x_BG.device), last_B]
     return _where([count > 0 for count in step.finished], picked_B, old_B)
