@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -24,7 +25,18 @@ class CacheChoice:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # else each would keep the other, and its memory, until a garbage collection
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy (deepcopy, torch.save) is of the copied model."""
+        return CacheChoice, (self.model,)
+
+    @property
+    def model(self) -> Any:
+        """The one that it stands on."""
+        model = self._model()
+        assert model is not None  # who calls it?
+        return model
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *rest: Any) -> Any:
         """As in transformers: puts a cache into `model_kwargs`.
