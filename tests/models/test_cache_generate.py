@@ -1,7 +1,9 @@
 """model.generate with a HiCICache, given or chosen by itself: what recomputing every step from scratch gives."""
 
 import copy
+import gc
 import logging
+import weakref
 
 import peft
 import pytest
@@ -259,6 +261,20 @@ def test_a_copy_has_a_cache_of_its_own(way, tmp_path):
     assert type(cache) is HiCICache
     assert cache._reader.decoder() is twin.model
     assert type(_generate(model, random_ids(2, 29))[2]) is DynamicCache
+
+
+def test_a_model_is_gone_when_nobody_holds_it():
+    """Without a garbage collection, as a stock model: its memory is free at once."""
+    model = strong_model(visibility="past")
+    cache = _generate(model, random_ids(1, 21))[2]
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert cache.tokens == [21 + NEW - 1]
 
 
 def test_detach_leaves_the_stock_generate():
