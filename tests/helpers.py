@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 from pathlib import Path
 from unittest import mock
@@ -185,7 +186,7 @@ def logits(model, ids, mask=None, **inputs):
 def cut(length, borders):
     """(begin, end) of the pieces of `length` tokens, cut at those of the borders that are inside."""
     places = sorted({0, length, *(border for border in borders if border < length)})
-    return list(zip(places[:-1], places[1:], strict=True))
+    return list(itertools.pairwise(places))
 
 
 @torch.no_grad()

@@ -195,7 +195,9 @@ def test_a_truncated_file(model, file, share):
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["none", "other"])
 def test_another_safetensors_file(model, tmp_path, metadata):
     save_file({"weight": torch.zeros(2)}, tmp_path / "a", metadata=metadata)
-    _assert_refused(tmp_path / "a", model, r"is no HiCICache \(its metadata lacks hici_cache\); give a file that HiCICa")
+    _assert_refused(
+        tmp_path / "a", model, r"is no HiCICache \(its metadata lacks hici_cache\); give a file that HiCICa"
+    )
 
 
 def test_another_version(model, file):

@@ -166,8 +166,8 @@ def test_crop(model):
 @pytest.mark.parametrize(
     "tokens, message",
     [
-        (-3, r"crop\(-3\) of a HiCICache: tokens that are folded into slots cannot be taken out; take a snapshot\(\) at "
-             r"token 26 while it is there, or reset\(\) and read them again"),
+        (-3, r"crop\(-3\) of a HiCICache: tokens that are folded into slots cannot be taken out; take a snapshot\(\) "
+             r"at token 26 while it is there, or reset\(\) and read them again"),
         (1, r"crop\(1\) of a HiCICache with 29 tokens; give a number from -29 to 0"),
         (-30, r"crop\(-30\) of a HiCICache with 29 tokens; give a number from -29 to 0"),
     ],
