@@ -9,7 +9,7 @@ from helpers import cut, difference, logits, padded, random_ids, randomise, read
 from hici import HiCICache, reconfigure
 
 DYNAMIC = r"transformers\.DynamicCache\(config=model\.config\)"
-RAW = rf"pass {DYNAMIC} for the published decode over raw keys"
+RAW = rf"pass {DYNAMIC} for the published decode over raw keys \(decode='raw' in the config, --decode raw\)"
 GENERATE = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
 
 
@@ -65,7 +65,8 @@ def _assert_as_before(model, cache):
         (
             {"num_segments": 3},
             r"^num_segments=3 with a HiCICache: the segments would change with every token; call "
-            rf"hici\.reconfigure\(model, segment_size=S\) with the segments' length in training, or {RAW}$",
+            rf"hici\.reconfigure\(model, segment_size=S\) with the segments' length in training "
+            rf"\(--segment-size S\), or {RAW}$",
         ),
         (
             {"decode": "raw"},

@@ -9,7 +9,7 @@ from helpers import padded, random_ids, read, strong_model, tiny_model
 from hici import HiCICache, reconfigure
 
 DYNAMIC = r"transformers\.DynamicCache\(config=model\.config\)"
-RAW = rf"pass {DYNAMIC} for the published decode over raw keys"
+RAW = rf"pass {DYNAMIC} for the published decode over raw keys \(decode='raw' in the config, --decode raw\)"
 GENERATE = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
 
 
@@ -100,7 +100,7 @@ def test_num_segments_of_the_past_needs_a_choice(model):
     reconfigure(model, num_segments=3)
     message = (
         r"^num_segments=3 with a HiCICache: .*; call hici\.reconfigure\(model, segment_size=S\) with the segments' "
-        rf"length in training, or {RAW}$"
+        rf"length in training \(--segment-size S\), or {RAW}$"
     )
     with pytest.raises(ValueError, match=message):
         model.generate(random_ids(1, 20), **GENERATE)
