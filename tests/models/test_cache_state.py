@@ -134,6 +134,18 @@ def test_questions_about_one_document(model, batch):
     _assert_goes_on(model, cache, ids, mask)
 
 
+@pytest.mark.parametrize("length", [8, 16, 3])
+def test_questions_about_whole_segments(model, length):
+    """Nothing but slots is in the snapshot, and whole segments write nothing but slots."""
+    ids = random_ids(2, 24)
+    cache = _filled(model, ids)
+    document = cache.snapshot()
+    for seed in range(3):
+        read(model, cache, random_ids(2, length, seed), [(0, length)])
+        cache.restore(document)
+    _assert_goes_on(model, cache, ids)
+
+
 def test_a_snapshot_of_nothing(model):
     cache = HiCICache(model)
     nothing = cache.snapshot()
