@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hici.config import HiCIConfig
-from hici.models.cache_layer import USE_DYNAMIC, HiCILayer, LayerState
+from hici.models.cache_layer import NO_GRADIENTS, USE_DYNAMIC, HiCILayer, LayerState
 from hici.models.cache_step import Step, make_step
 from hici.models.fingerprint import model_fingerprint
 from hici.models.lookup import attention_modules, get_decoder, hici_config, is_attached
@@ -37,6 +37,7 @@ class Snapshot:
     columns: int
     states: tuple[LayerState, ...]
     reader: Reader
+    earlier: weakref.WeakSet[Snapshot]  # those on the way to it
 
 
 class HiCICache(Cache):
@@ -106,9 +107,12 @@ class HiCICache(Cache):
             Positions [B, T] of the new tokens; None where they count on from the columns so far.
 
         Raises:
-            ValueError: another model or config than the cache was made for; rows or mask that do not go with what it
-                holds; more tokens than the rope represents; an earlier call that stopped in its middle.
+            ValueError: another model or config than the cache was made for; gradients would be recorded; rows or mask
+                that do not go with what it holds; more tokens than the rope represents; an earlier call that stopped
+                in its middle.
         """
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, *decoder.parameters())):
+            raise ValueError(NO_GRADIENTS)
         self._reader.check(decoder)
         self._check_config(hici_config(decoder))
         self._check_whole()
@@ -174,7 +178,7 @@ class HiCICache(Cache):
         """The cache as it is now, to `restore` it later: questions about one document, a turn that is taken back."""
         self._check_whole()
         states = tuple(layer.state.copy(layer.num_slots, self.segment_size) for layer in self.layers)
-        snapshot = Snapshot(self.get_seq_length(), states, self._reader)
+        snapshot = Snapshot(self.get_seq_length(), states, self._reader, weakref.WeakSet(self._snapshots))
         self._snapshots.add(snapshot)
         return snapshot
 
@@ -190,8 +194,8 @@ class HiCICache(Cache):
         for layer, state in zip(self.layers, snapshot.states, strict=True):
             layer.reset()
             layer.state = state.map(torch.clone)
-        # later ones may hold what is read no more
-        self._snapshots = weakref.WeakSet(x for x in self._snapshots if x.columns <= snapshot.columns)
+        # others, later or of another continuation, hold what is not read now
+        self._snapshots = weakref.WeakSet([*snapshot.earlier, snapshot])
 
     def reset(self) -> None:
         """Forget everything."""

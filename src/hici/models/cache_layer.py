@@ -22,6 +22,10 @@ from hici.core.local_construction import RunningConstruction
 from hici.models.cache_step import Part, Step
 
 USE_DYNAMIC = "transformers.DynamicCache(config=model.config)"
+NO_GRADIENTS = (
+    "a HiCICache while gradients are recorded: it is written in place and keeps no graph; call the model under "
+    "torch.no_grad(), or without a cache (use_cache=False)"
+)
 
 
 @dataclasses.dataclass
@@ -107,10 +111,7 @@ class HiCILayer(CacheLayerMixin):
             ValueError: gradients would be recorded.
         """
         if hidden_BTD.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "a HiCICache while gradients are recorded: it is written in place and keeps no graph; call the model "
-                "under torch.no_grad(), or without a cache (use_cache=False)"
-            )
+            raise ValueError(NO_GRADIENTS)
         call = self._call = _Call(step)
         if not self.num_slots:
             return
@@ -178,6 +179,7 @@ class HiCILayer(CacheLayerMixin):
             )
         kept = self.state.values
         if kept is not None and kept.dtype != value_states.dtype:
+            self._call = None  # nothing has changed here
             raise ValueError(
                 f"the HiCICache holds {kept.dtype}, but the model computes in {value_states.dtype}; make a new "
                 f"HiCICache, or read on in {kept.dtype}"
@@ -333,7 +335,7 @@ def _grown(kept_BJXE: Tensor | None, new_BTJE: Tensor, needed: int, largest: int
 def _of_last_finished(x_BG: Tensor, old_B: Tensor, step: Step) -> Tensor:
     """Of x [B, G, ...] each row's value at the last segment that it finished in the call; `old` [B, ...] if none."""
     if step.uniform:
-        return x_BG[:, -1]
+        return x_BG[:, -1].clone()  # a view would keep all G of them
     last_B = torch.tensor([max(count - 1, 0) for count in step.finished], device=x_BG.device)
     picked_B = x_BG[torch.arange(len(last_B), device=x_BG.device), last_B]
     return _where([count > 0 for count in step.finished], picked_B, old_B)

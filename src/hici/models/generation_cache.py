@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -24,7 +25,18 @@ class CacheChoice:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # else each would keep the other, and its memory, until a garbage collection
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy (deepcopy, torch.save) is of the copied model."""
+        return CacheChoice, (self.model,)
+
+    @property
+    def model(self) -> Any:
+        """The one that it stands on."""
+        model = self._model()
+        assert model is not None  # who calls it?
+        return model
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *rest: Any) -> Any:
         """As in transformers: puts a cache into `model_kwargs`.
@@ -55,14 +67,16 @@ class CacheChoice:
             raise ValueError(f"row {row} of the prompt is empty (padding only); leave it out, or give it a token")
 
     def _choose(self, mode: str, generation_config: Any, model_kwargs: dict[str, Any]) -> HiCICache | None:
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        given = model_kwargs.get("past_key_values")
+        if isinstance(given, HiCICache) or generation_config.use_cache is False:
             return None
-        if generation_config.cache_implementation is None and _is_bounded(mode, self.model):
+        if given is None and generation_config.cache_implementation is None and _is_bounded(mode, self.model):
             cache = HiCICache(self.model)
             cache.check_rope(self.model.config, generation_config.max_length)
             _tell(self.model)
             return cache
-        if generation_config.prefill_chunk_size is not None:
+        filled = given is not None and given.get_seq_length() > 0  # then no piece gets slots, nor would the whole
+        if generation_config.prefill_chunk_size is not None and not filled:
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} with decode over raw keys: only the first "
                 "piece of the prompt would get slots; leave it out, or use visibility 'past' with a HiCICache"
