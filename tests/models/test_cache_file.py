@@ -202,7 +202,7 @@ def test_another_safetensors_file(model, tmp_path, metadata):
 
 def test_another_version(model, file):
     _rewrite(file, lambda values, tensors: values.update(format_version=FORMAT_VERSION + 1))
-    message = rf"has format_version 2, but this hici reads 1; install the hici that wrote it \({hici.__version__}\), or"
+    message = r"has format_version 2, but this hici reads 1; install the hici that wrote it, or"
     _assert_refused(file, model, message)
 
 

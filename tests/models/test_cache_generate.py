@@ -23,7 +23,7 @@ from helpers import (
     tiny_model,
 )
 from hici import HiCICache, reconfigure
-from hici.models.generation_cache import PREPARE
+from hici.models.generation_cache import OLD_PREFILL, PREPARE
 from hici.models.merged import merged_class
 
 NEW = 12  # over a border, from every prompt here
@@ -126,6 +126,12 @@ def test_a_conversation(model, whole, chunks):
     expected, steps, _ = _generate(model, ids, use_cache=False)
     read = cache.get_seq_length()
     given = ids if whole else ids[:, read:]  # the last token of the first turn has not been read
+    if chunks and whole and OLD_PREFILL:
+        with pytest.raises(
+            ValueError, match=r"prefill_chunk_size=5 with a filled cache, which transformers .*hici\.pref"
+        ):
+            _generate(model, given, past_key_values=cache, prefill_chunk_size=chunks)
+        return
     tokens, steps_on, _ = _generate(
         model, given, torch.ones_like(ids), past_key_values=cache, **({"prefill_chunk_size": chunks} if whole else {})
     )

@@ -256,7 +256,8 @@ def test_more_than_the_rope(model):
     read(model, cache, ids, cut(128, [100]))
     message = (
         r"^129 tokens are more than the 128 positions of the model's rope settings; extend it first "
-        r"\(hici\.extend_rope\(model, 129\)\), or make the cache with allow_beyond_rope=True$"
+        r"\(hici\.extend_rope\(model, 129\)\)(, and read the tokens again)?, or make the cache with "
+        r"allow_beyond_rope=True$"
     )
     _assert_refused(model, cache, message, ids[:, 128:129])
     assert cache.tokens == [128, 128]

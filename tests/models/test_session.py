@@ -21,8 +21,29 @@ def _next_logits(model, ids, cache, mask=None):
         return model(ids, attention_mask=mask, past_key_values=cache).logits
 
 
+@pytest.fixture
+def by_segment(monkeypatch):
+    """Pieces of one segment each, however short."""
+    monkeypatch.setattr("hici.models.prefill.SMALL_PIECE", 1)
+
+
+def test_short_segments_are_read_several_at_a_time(bounded, monkeypatch):
+    monkeypatch.setattr("hici.models.prefill.SMALL_PIECE", 20)
+    ends = []
+    cache = prefill(bounded, random_ids(1, 5))
+    prefill(bounded, random_ids(1, 50), cache, progress=lambda done, _: ends.append(5 + done))
+    assert ends == [24, 48, 55]
+
+
+def test_rows_at_different_places_are_read_in_whole_pieces(bounded, by_segment):
+    ids, mask = padded([random_ids(1, length, seed=length)[0] for length in (45, 29, 8)], "left")
+    seen = []
+    prefill(bounded, ids, attention_mask=mask, progress=lambda done, _: seen.append(done))
+    assert seen == [8, 16, 24, 32, 40, 45]
+
+
 @pytest.mark.parametrize("piece_size", [None, 1, 5, 8, 100])
-def test_pieces_of_any_size_equal_one_pass(bounded, piece_size):
+def test_pieces_of_any_size_equal_one_pass(bounded, piece_size, by_segment):
     ids = random_ids(2, 61)
     seen = []
     cache = prefill(
@@ -36,7 +57,7 @@ def test_pieces_of_any_size_equal_one_pass(bounded, piece_size):
     assert len(seen) == expected
 
 
-def test_pieces_end_at_borders_whatever_was_read_before(bounded):
+def test_pieces_end_at_borders_whatever_was_read_before(bounded, by_segment):
     ids = random_ids(1, 40)
     ends = []
     cache = prefill(bounded, ids[:, :5])
@@ -64,7 +85,7 @@ def test_full_attention_fills_the_models_own_cache(bounded):
         bounded.set_attn_implementation("hici")
 
 
-def test_only_a_piece_passes_through_the_model_at_a_time(bounded):
+def test_only_a_piece_passes_through_the_model_at_a_time(bounded, by_segment):
     """Bounded activations: no call sees more than a segment, and none makes logits."""
     lengths = []
     hook = bounded.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
@@ -81,13 +102,21 @@ def test_only_a_piece_passes_through_the_model_at_a_time(bounded):
     [
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "there are no tokens to read; give at least one"),
         ({"piece_size": 0}, "piece_size=0 is below 1; give at least 1 token, or None"),
+        (
+            {"attention_mask": torch.ones(1, 8)},
+            "attention_mask covers 8 tokens, but there are 9 with those",
+        ),
+        ({"attention_mask": torch.ones(1, 10)}, "attention_mask covers 10 tokens, but there are 9"),
+        ({"input_ids": random_ids(1, 600)}, "600 tokens are more than the 512 positions"),
         ({"cache": DynamicCache()}, "a prefill in pieces with a DynamicCache in attention mode 'hici'"),
     ],
     ids=str,
 )
-def test_refusals(bounded, arguments, message):
+def test_refusals_before_anything_is_read(bounded, arguments, message):
+    cache = HiCICache(bounded)
     with pytest.raises(ValueError, match=message):
-        prefill(bounded, **{"input_ids": random_ids(1, 9), **arguments})
+        prefill(bounded, **{"input_ids": random_ids(1, 9), "cache": cache, **arguments})
+    assert cache.tokens == []
 
 
 @pytest.mark.parametrize("mode", ["sdpa", "hici"])
