@@ -1,10 +1,15 @@
 """`hici generate`: greedy is model.generate, draws follow the seed, prompts from everywhere, refusals."""
 
+import copy
 import io
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM
 
 import hici
@@ -142,6 +147,10 @@ def test_chat_uses_the_template(base_directory, tokenizer, hici_command):
         (["--prompt", PROMPT, "--max-new-tokens", 500], "tokens are more than the 128 positions"),
         (["--prompt", PROMPT, "--temperature", -1], "temperature=-1.0 is not a number >= 0"),
         (["--prompt", PROMPT, "--temperature", "nan"], "temperature=nan is not a number >= 0"),
+        (["--prompt", PROMPT, "--temperature", "1e-45"], "is too near to 0 to divide by; give 0 (greedy) or at least"),
+        (["--prompt", PROMPT, "--seed", 10**23], "is not an integer from 0 to 2**63 - 1"),
+        (["--prompt", PROMPT, "--top-p", 0.5], "--top-p 0.5 changes nothing at temperature 0 (greedy); add --temp"),
+        (["--prompt", "caf\udce9"], "--prompt is not UTF-8 text"),
         (["--prompt", PROMPT, "--top-p", 0], "top_p=0.0 is not in (0, 1]"),
         (["--prompt", PROMPT, "--attention", "hici"], "fresh random ones"),
         (["--prompt", PROMPT, "--max-new-tokens", 0], "'0' is not an integer >= 1"),
@@ -225,13 +234,44 @@ def test_a_document_is_kept_in_a_file(adapter_directory, document, tmp_path, hic
     assert "of another text" in other.err
 
 
-@pytest.mark.parametrize("flags", [[], ["--attention", "hici", "--decode", "raw"]], ids=str)
-def test_a_document_cache_needs_bounded_memory(adapter_directory, document, tmp_path, flags, hici_command):
-    done = hici_command("generate", adapter_directory, "--prompt", "a", "--document", document, "--document-cache",
-                        tmp_path / "kept", *flags)  # fmt: skip
+def test_a_document_cache_needs_bounded_memory(adapter_directory, document, tmp_path, hici_command):
+    common = [
+        "generate",
+        adapter_directory,
+        "--prompt",
+        "a",
+        "--document",
+        document,
+        "--document-cache",
+        tmp_path / "k",
+    ]
+    for flags, message in (
+        ([], "in attention full, whose cache grows with the document; add --attention hici"),
+        (
+            ["--attention", "hici", "--decode", "raw"],
+            "--document-cache: what was read is kept in a file only",
+        ),
+    ):
+        done = hici_command(*common, *flags)
+        assert done.status == 2
+        assert message in done.err
+        assert not (tmp_path / "k").exists()
+
+
+@pytest.mark.parametrize("place, message", [("", "is no file, but one is to be kept there"), ("f/x", "cannot|a file")])
+def test_where_a_document_cannot_be_kept(document, tmp_path, place, message, hici_command):
+    (tmp_path / "f").write_text("a file")
+    done = hici_command("generate", "no/model", "--attention", "hici", "--prompt", "a", "--document", document,
+                        "--document-cache", tmp_path / place)  # fmt: skip
     assert done.status == 2
-    assert "--document-cache: what was read is kept in a file only where the cache is small; use attention" in done.err
-    assert not (tmp_path / "kept").exists()
+    assert re.search(message, done.err)
+
+
+def test_a_document_with_decode_over_raw_keys_is_read_with_every_prompt(adapter_directory, document, hici_command):
+    common = ["generate", adapter_directory, "--attention", "hici", "--decode", "raw", "--max-new-tokens", 6]
+    done = hici_command(*common, "--document", document, "--prompt", "the cat")
+    assert "tokens are read with every prompt: raw keys allow one prefill only" in done.err
+    assert done.out == hici_command(*common, "--prompt", f"{document.read_text()}\n\nthe cat").out
 
 
 def test_num_segments_say_what_to_do(adapter_directory, hici_command):
@@ -262,3 +302,52 @@ def test_segments_without_slots_on_a_plain_model(base_directory, hici_command):
     one = hici_command(*common, "--segment-size", 128)
     assert one.out == hici_command("generate", base_directory, "--prompt", PROMPT, "--max-new-tokens", 6).out
     assert one.out != done.out
+
+
+def test_closed_and_damaged_input(base_directory, monkeypatch, hici_command):
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9"))
+    assert "standard input is not UTF-8 text; convert it" in hici_command("generate", base_directory).err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert "standard input is not UTF-8 text; convert it" in hici_command("generate", base_directory).err
+    monkeypatch.setattr("sys.stdin", None)
+    for verb in ("generate", "chat"):
+        assert "standard input is closed" in hici_command(verb, base_directory).err
+
+
+@pytest.mark.parametrize("kind", ["prefix space", "appended end"])
+def test_a_document_is_tokenised_together_with_the_prompt(adapter_directory, document, tokenizer, kind, monkeypatch,
+                                                          hici_command):  # fmt: skip
+    """Llama-2's tokenizer puts a space in front of a text, others an end behind it: neither belongs in the middle."""
+    changed = copy.deepcopy(tokenizer)
+    core = changed.backend_tokenizer
+    if kind == "prefix space":
+        core.normalizer = normalizers.Prepend("the ")
+    else:
+        core.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 0)])
+    monkeypatch.setattr("hici.cli.common.load_tokenizer", lambda *_: changed)
+    common = ["generate", adapter_directory, "--attention", "hici", "--max-new-tokens", 6]
+    done = hici_command(*common, "--document", document, "--prompt", "the cat", "--prompt", "a dog")
+    whole = [hici_command(*common, "--prompt", f"{document.read_text()}\n\n{x}") for x in ("the cat", "a dog")]
+    assert done.out == "".join(x.out for x in whole)
+    first, second = (int(a) for a, _ in re.findall(r"(\d+) of (\d+) prompt tokens read", done.err))
+    assert max(first, second) < 10
+
+
+def test_on_a_terminal_the_text_goes_where_it_should(adapter_directory, tmp_path):
+    """A real terminal for input and messages: no progress bar takes the text away from a redirected output."""
+    import pty
+
+    target, (ours, theirs) = tmp_path / "out.txt", pty.openpty()
+    command = [sys.executable, "-c", "import sys; from hici.cli.main import main; sys.exit(main())", "generate",
+               str(adapter_directory), "--attention", "hici", "--decode", "raw", "--prompt", PROMPT]  # fmt: skip
+    with target.open("w") as out:
+        done = subprocess.run(
+            [*command, "--max-new-tokens", "12"], stdin=theirs, stdout=out, stderr=theirs, timeout=300
+        )
+    os.close(theirs)
+    said = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 0, said
+    assert target.read_text().strip()
+    assert "12 new tokens" in said
+    assert target.read_text().strip() not in said

@@ -260,3 +260,16 @@ def test_another_number_of_layers(model, file):
 def test_a_model_that_has_no_cache(model, file):
     with pytest.raises(ValueError, match=re.escape("visibility='all' with a HiCICache")):
         HiCICache.load(file, strong_model())
+
+
+def test_changed_data(model, tmp_path):
+    """One bit of one tensor."""
+    file = tmp_path / "document.safetensors"
+    cache = HiCICache(model)
+    read(model, cache, random_ids(2, 21), [(0, 21)])
+    cache.save(file)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged \(its tensors are not those that were written\); copy it again"):
+        HiCICache.load(file, model)

@@ -146,13 +146,17 @@ def test_only_the_last_passing_place_is_kept(bounded):
     for length, passing in ((10, False), (20, True), (30, False), (40, True), (50, True)):
         session.read(ids[:length])
         session.keep(passing=passing)
-    assert [place.length for place in session._kept] == [10, 30, 50]
+    assert [len(place.ids) for place in session._places] == [10, 30, 50]
+    assert session.kept_bytes > 2 * session.cache_bytes > 0
     assert session.read(ids[:45]) == 15
     assert session.read(ids[:25]) == 15
+    assert session.read(random_ids(1, 9, seed=8)[0].tolist()) == 9
+    assert session.read(ids[:35]) == 5  # a place is there still, whatever was read in between
 
 
 @pytest.mark.parametrize("mode", ["sdpa", "hici"])
-def test_an_interrupted_call_is_recovered_from(bounded, mode, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_call_is_recovered_from(bounded, mode, error):
     bounded.set_attn_implementation(mode)
     try:
         session = Session(bounded)
@@ -161,18 +165,37 @@ def test_an_interrupted_call_is_recovered_from(bounded, mode, monkeypatch):
         session.keep()
 
         def interrupted(*_):
-            raise KeyboardInterrupt
+            raise error
 
         hook = bounded.model.layers[1].register_forward_pre_hook(interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             session.read(ids[:30])
         hook.remove()
-        session.recover()
-        assert session.read(ids[:37]) == (27 if mode == "hici" else 37)
+        assert session.read(ids[:37]) == 27  # what was read before is not read again
         out = _next_logits(bounded, torch.tensor([ids[37:]]), session.cache)
         assert difference(out, logits(bounded, torch.tensor([ids]))[:, 37:]) < 1e-5
     finally:
         bounded.set_attn_implementation("hici")
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3"])
+def test_sliding_windows_in_full_attention(architecture):
+    """Their caches have forgotten too much to be shortened: copies are gone back to."""
+    model = strong_model(architecture, visibility="past", options={**LONG, "sliding_window": 16})
+    model.set_attn_implementation("sdpa")
+    session = Session(model)
+    ids = random_ids(1, 60)[0].tolist()
+    other = [*ids[:40], *random_ids(1, 9, seed=4)[0].tolist()]
+    session.read(ids[:40])
+    session.keep()
+    assert session.kept_bytes > 0
+    assert session.read(ids) == 20
+    for expected in (9, 0):
+        assert session.read(other) == expected
+    out = _next_logits(model, torch.tensor([[5, 6]]), session.cache)
+    assert difference(out, logits(model, torch.tensor([[*other, 5, 6]]))[:, -2:]) < 1e-5
+    session.after_generation([*other, 5, 6])
+    assert session.read(ids[:20]) == 20
 
 
 def test_raw_decode_keeps_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from hici.cli.common import LOADING_NOTES
 from hici.cli.writing import (
     READING_NOTES,
     add_writing_flags,
+    check_text,
     open_session,
     read_document,
     reading_bar,
@@ -20,6 +22,7 @@ from hici.cli.writing import (
     settings,
     streamer,
     take_document,
+    terminal_input,
 )
 
 _DESCRIPTION = f"""\
@@ -51,6 +54,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask line by line."""
+    terminal_input()
     document = read_document(args)
     chosen = settings(args)
 
@@ -69,38 +73,52 @@ def run(args: argparse.Namespace) -> int:
                 say(f"unknown command {question.split()[0]!r}; known: /clear, /exit")
             else:
                 answer(chat, question, {**chosen, "streamer": streamer(loaded.tokenizer)})
-    report_memory()
+    report_memory(session)
     return 0
 
 
 def answer(chat: Any, question: str, how: dict[str, Any]) -> None:
-    """One answer. Ctrl-C takes it back; an error (of too many tokens, say) ends the chat only where nobody types."""
+    """One answer. Where somebody types, Ctrl-C takes the question back and an error does not end the chat."""
     try:
         report(chat.ask(question, **how), chat.session)
     except KeyboardInterrupt:
-        chat.session.recover()
+        if not terminal_input():
+            raise
         print()
         say("stopped; the question is taken back")
     except ValueError as error:
-        if not sys.stdin.isatty():
+        if not terminal_input():
             raise
         say(f"error: {error}")
 
 
 def questions() -> Iterator[str]:
     """Lines of input that are not blank, up to /exit or the end."""
-    terminal = sys.stdin.isatty()
-    if terminal:
-        import readline  # noqa: F401 (input() edits lines with it)
     while True:
         try:
-            line = input("> " if terminal else "").strip()
+            line = check_text(_line(), "standard input").strip()
         except EOFError:
             return
         except KeyboardInterrupt:
+            if not terminal_input():
+                raise
             print()
             return
         if line == "/exit":
             return
         if line:
             yield line
+
+
+def _line() -> str:
+    """The next line; on a terminal with a prompt, which never goes into a redirected output. Raises EOFError."""
+    if terminal_input() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # input() edits lines with it, where there is one
+            import readline  # noqa: F401
+        return input("> ")
+    if terminal_input():
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line

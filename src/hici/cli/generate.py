@@ -10,6 +10,7 @@ from hici.cli.common import LOADING_NOTES
 from hici.cli.writing import (
     READING_NOTES,
     add_writing_flags,
+    check_text,
     open_session,
     read_document,
     read_file,
@@ -19,6 +20,7 @@ from hici.cli.writing import (
     settings,
     streamer,
     take_document,
+    terminal_input,
 )
 
 _DESCRIPTION = f"""\
@@ -59,30 +61,30 @@ def run(args: argparse.Namespace) -> int:
     document = read_document(args)
     chosen = settings(args)
 
-    from hici.models.conversation import Conversation
+    from hici.models.conversation import PROBES, Conversation, common_beginning
     from hici.models.generate import encode_prompt, generate
 
     loaded, session = open_session(args)
-    chat = Conversation(session, loaded.tokenizer, document=document) if args.chat else None
-    beginning = None
-    if document is not None:
-        beginning = chat.beginning() if chat is not None else encode_prompt(loaded.tokenizer, document)
+    tokenizer = loaded.tokenizer
+    chat = Conversation(session, tokenizer, document=document) if args.chat else None
     with reading_bar(session):
-        if beginning is not None:
+        if document is not None:
+            beginning = (
+                chat.beginning()
+                if chat is not None
+                else common_beginning(encode_prompt(tokenizer, f"{document}\n\n{probe}") for probe in PROBES)
+            )
             take_document(args, session, beginning)
         for prompt in prompts:
-            how = {**chosen, "streamer": streamer(loaded.tokenizer)}
+            how = {**chosen, "streamer": streamer(tokenizer)}
             if chat is not None:
                 chat.clear()
                 result = chat.ask(prompt, **how)
             else:
-                ids = encode_prompt(loaded.tokenizer, prompt)
-                if beginning is not None:
-                    more = loaded.tokenizer(f"\n\n{prompt}", add_special_tokens=False, verbose=False)["input_ids"]
-                    ids = beginning + list(more)
-                result = generate(session, loaded.tokenizer, ids, **how)
+                text = prompt if document is None else f"{document}\n\n{prompt}"
+                result = generate(session, tokenizer, encode_prompt(tokenizer, text), **how)
             report(result, session)
-    report_memory()
+    report_memory(session)
     return 0
 
 
@@ -91,9 +93,12 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None and args.prompt_file is not None:
         raise ValueError("--prompt and --prompt-file are both given; give one of them")
     if args.prompt is not None:
-        return list(args.prompt)
+        return [check_text(prompt, "--prompt") for prompt in args.prompt]
     if args.prompt_file is not None:
         return [read_file(args.prompt_file, "--prompt-file")]
-    if sys.stdin.isatty():
+    if terminal_input():
         raise ValueError("no prompt; give --prompt TEXT or --prompt-file FILE, or pipe it in")
-    return [sys.stdin.read()]
+    try:
+        return [check_text(sys.stdin.read(), "standard input")]
+    except UnicodeDecodeError as error:
+        raise ValueError("standard input is not UTF-8 text; convert it, for example with iconv") from error

@@ -38,15 +38,18 @@ def add_writing_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Flags of `generate`. Raises ValueError on impossible ones."""
+    """Flags of `generate`. Raises ValueError on impossible ones, before anything is loaded."""
     from hici.models.generate import check_sampling
 
-    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    if args.top_p != 1 and args.temperature == 0:
+        raise ValueError(f"--top-p {args.top_p:g} changes nothing at temperature 0 (greedy); add --temperature, for "
+                         "example 0.7, or drop it")  # fmt: skip
     return {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
 
 
 def read_document(args: argparse.Namespace) -> str | None:
-    """The text of --document. Raises ValueError when it is missing or empty, or when a flag needs it."""
+    """The text of --document. Raises ValueError when it is missing or empty, or its cache cannot be kept."""
     if args.document is None:
         if args.document_cache is not None:
             raise ValueError(f"--document-cache {args.document_cache} without --document; give the document too")
@@ -54,7 +57,22 @@ def read_document(args: argparse.Namespace) -> str | None:
     text = read_file(args.document, "--document")
     if not text.strip():
         raise ValueError(f"--document {args.document} is empty; give a file with text")
+    if args.document_cache is not None:
+        _check_document_cache(args)
     return text
+
+
+def _check_document_cache(args: argparse.Namespace) -> None:
+    from hici.files import check_writable
+
+    kept = Path(args.document_cache).expanduser()
+    if args.attention != "hici":
+        raise ValueError(f"--document-cache {kept} in attention full, whose cache grows with the document; add "
+                         "--attention hici, or drop it")  # fmt: skip
+    if kept.exists() and not kept.is_file():
+        raise ValueError(f"--document-cache {kept} is no file, but one is to be kept there; give another name")
+    if not kept.exists():
+        check_writable(kept.parent)
 
 
 def read_file(name: str, flag: str) -> str:
@@ -63,8 +81,22 @@ def read_file(name: str, flag: str) -> str:
 
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(f"{flag} {name} does not exist; check the path")
+        raise ValueError(f"{flag} {name} {'is a directory' if path.is_dir() else 'does not exist'}; check the path")
     return read_text(path)
+
+
+def check_text(text: str, source: str) -> str:
+    """The text, unless it holds bytes that are no UTF-8 (Python lets them through in some locales)."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{source} is not UTF-8 text; convert it, for example with iconv")
+    return text
+
+
+def terminal_input() -> bool:
+    """Whether somebody types. Raises ValueError when standard input is closed."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; give the prompt with a flag, or pipe it in")
+    return sys.stdin.isatty()
 
 
 def open_session(args: argparse.Namespace) -> tuple[Loaded, Any]:
@@ -76,6 +108,8 @@ def open_session(args: argparse.Namespace) -> tuple[Loaded, Any]:
 
     if args.decode is not None and args.attention != "hici":
         raise ValueError(f"--decode {args.decode} changes nothing in attention full; add --attention hici, or drop it")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal cannot show is no reason to stop
     loaded = load(args, [args.attention])
     set_attention(loaded.model, args.attention)
     if args.decode is not None:
@@ -96,12 +130,16 @@ def open_session(args: argparse.Namespace) -> tuple[Loaded, Any]:
 def take_document(args: argparse.Namespace, session: Any, ids: list[int]) -> None:
     """Read the document's tokens, or take them from --document-cache, and keep them."""
     kept = None if args.document_cache is None else Path(args.document_cache).expanduser()
+    if kept is not None:
+        session.check_bounded("--document-cache")
+    session.check_length(len(ids) + args.max_new_tokens)
+    if session.cache is None:
+        say(f"the document's {len(ids):,} tokens are read with every prompt: raw keys allow one prefill only")
+        return
     if kept is not None and kept.exists():
         session.load(kept, ids)
         say(f"document of {len(ids):,} tokens taken from {kept}")
     else:
-        if kept is not None:
-            session.check_bounded("--document-cache")
         session.read(ids)
         say(f"document of {len(ids):,} tokens read")
         if kept is not None:
@@ -112,22 +150,36 @@ def take_document(args: argparse.Namespace, session: Any, ids: list[int]) -> Non
 
 @contextmanager
 def reading_bar(session: Any) -> Iterator[None]:
-    """A progress bar while the session reads more than one piece, on a terminal."""
+    """On a terminal, a progress bar while the session reads more than one piece."""
+    bars: list[Any] = []  # of the reading that is going on
+
+    def progress(done: int, total: int) -> None:
+        if not bars and done < total:
+            bars.append(_bar())
+            bars[0].start()
+            bars[0].add_task("reading", total=total)
+        if bars:
+            bars[0].update(bars[0].task_ids[0], completed=done)
+            if done == total:  # what is written next goes to the same terminal
+                bars.pop().stop()
+
+    session.progress = progress if sys.stderr.isatty() else None
+    try:
+        yield
+    finally:
+        session.progress = None
+        while bars:
+            bars.pop().stop()
+
+
+def _bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("reading", visible=False)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=done < total)
-            if done == total:
-                bar.stop()  # what is written next goes to the same terminal
-
-        session.progress = progress
-        yield
-    session.progress = None
+    return Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+    )
 
 
 def streamer(tokenizer: Any) -> Any:
@@ -142,17 +194,18 @@ def report(result: Any, session: Any) -> None:
     reading = f"{result.read_tokens:,} of {result.prompt_tokens:,} prompt tokens read in {result.read_seconds:.1f} s"
     speed = result.tokens_per_second
     cache = "" if session.cache is None else f"; cache {session.cache_bytes / 2**20:,.1f} MiB"
+    kept = f" and {session.kept_bytes / 2**20:,.1f} MiB to go back to" if session.kept_bytes else ""
     say(
         f"{reading} ({result.read_tokens / result.read_seconds:,.0f} tokens/s), {len(result.tokens):,} new tokens"
-        f"{' (end of text)' if result.ended else ''}{'' if speed is None else f' at {speed:.1f} tokens/s'}{cache}"
+        f"{' (end of text)' if result.ended else ''}{'' if speed is None else f' at {speed:.1f} tokens/s'}{cache}{kept}"
     )
 
 
-def report_memory() -> None:
+def report_memory(session: Any) -> None:
     """Peak memory, on stderr."""
     from hici.machine import peak_memory
 
-    say(f"peak memory {peak_memory() / 2**30:.2f} GiB")
+    say(f"peak memory {peak_memory(session.model.device) / 2**30:.2f} GiB")
 
 
 def say(text: str) -> None:

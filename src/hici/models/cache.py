@@ -39,6 +39,11 @@ class Snapshot:
     reader: Reader
     earlier: weakref.WeakSet[Snapshot]  # those on the way to it
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.nbytes for state in self.states for x in state.tensors().values())
+
 
 class HiCICache(Cache):
     """The cache for generation in bounded memory, with visibility "past" and a fixed `segment_size`.

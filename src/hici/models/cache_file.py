@@ -7,6 +7,7 @@ row, what the caller said about it, and how it was made.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 _KEY = "hici_cache"
-_KEYS = ("hici", "model_fingerprint", "tokens", "columns", "layers", "about", "made_with")
+_KEYS = ("hici", "model_fingerprint", "tokens", "columns", "layers", "about", "tensors_sha256", "made_with")
 _GROUPS: dict[str, Any] = {"construction": RunningConstruction, "statistics": RunningStatistics}
 
 
@@ -57,6 +58,7 @@ def save(cache: HiCICache, path: str | Path, *, about: dict[str, Any] | None = N
         "columns": cache.get_seq_length(),
         "layers": len(cache.layers),
         "about": about or {},
+        "tensors_sha256": _hash(tensors),
         "made_with": provenance(),
     }
     with atomic_file(path) as temporary:
@@ -93,6 +95,8 @@ def load(cache: HiCICache, path: str | Path) -> HiCICache:
                 f"dtype={named['values'].dtype}, or read the tokens again"
             )
         layer.state = _state(Path(path), i, layer.num_slots, named, values)
+    if values["tensors_sha256"] != _hash(tensors):
+        raise ValueError(f"{path} is damaged (its tensors are not those that were written); copy it again")
     return cache
 
 
@@ -132,6 +136,14 @@ def _read(path: Path, *, load_tensors: bool) -> tuple[dict[str, Any], dict[str, 
             "it, or read the tokens again"
         )
     return values, tensors
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def _state(path: Path, i: int, num_slots: int, named: dict[str, Tensor], values: dict[str, Any]) -> LayerState:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hici.models.generate import Generation, encode_messages, generate
 from hici.models.session import Session, common_length
+
+PROBES = ("a", "The", "1", "¿")  # questions of different beginnings
 
 
 class Conversation:
@@ -35,19 +38,25 @@ class Conversation:
 
     def beginning(self) -> list[int]:
         """Token ids that every conversation begins with: system message and document."""
-        first, second = (encode_messages(self.tokenizer, self._with_question(x)) for x in ("a", "The"))
-        return first[: common_length(first, second)]
+        return common_beginning(encode_messages(self.tokenizer, self._with_question(x)) for x in PROBES)
 
     def ask(self, question: str, **settings: Any) -> Generation:
         """The model's answer; both are then part of the conversation. `settings` as in `generate`.
 
+        White space around the question is left out: it could change the tokens in front of it.
+
         Raises:
             ValueError: an empty question; see `generate`. The conversation is then as before.
         """
-        if not question.strip():
+        question = question.strip()
+        if not question:
             raise ValueError("the question is empty; give at least one word")
         messages = self._with_question(question)
-        answer = generate(self.session, self.tokenizer, encode_messages(self.tokenizer, messages), **settings)
+        ids = encode_messages(self.tokenizer, messages)
+        # up to here the next turn will surely be the same: a template may put more in front of an answer that is to be
+        # written than in front of one that was
+        settled = common_length(ids[:-1], encode_messages(self.tokenizer, messages, answer=False))
+        answer = generate(self.session, self.tokenizer, ids, settled=settled, **settings)
         self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
         return answer
 
@@ -60,3 +69,9 @@ class Conversation:
         if self.document is not None:
             messages[0] = {"role": "user", "content": f"{self.document}\n\n{messages[0]['content']}"}
         return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
+
+
+def common_beginning(sequences: Iterable[list[int]]) -> list[int]:
+    """The longest list that all of them begin with."""
+    first, *others = sequences
+    return first[: min(common_length(first, other) for other in others)]

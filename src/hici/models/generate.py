@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from hici.models.session import Session
+
+LOWEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,22 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[in
     return list(tokenizer(prompt, verbose=False)["input_ids"])
 
 
-def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat template, ready for the assistant's answer.
+def encode_messages(tokenizer: Any, messages: list[dict[str, str]], *, answer: bool = True) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template, ready for the assistant's answer (or as it is).
 
     Raises:
-        ValueError: no chat template.
+        ValueError: no chat template, or one that refuses these messages.
     """
     if not tokenizer.chat_template:
-        raise ValueError("chat is asked for, but the tokenizer has no chat template; give a plain prompt")
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        raise ValueError("chat is asked for, but the tokenizer has no chat template; give a plain prompt "
+                         "(`hici generate` without --chat)")  # fmt: skip
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=answer, return_dict=True)
+    except jinja2.TemplateError as error:
+        remedy = (
+            "put the system message into the question" if messages[0]["role"] == "system" else "give a plain prompt"
+        )
+        raise ValueError(f"the tokenizer's chat template refuses the messages ({error}); {remedy}") from error
     return list(encoded["input_ids"])
 
 
@@ -76,6 +86,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     streamer: Any = None,
+    settled: int | None = None,
 ) -> Generation:
     """Continue a prompt; what the session has read of it is not read again.
 
@@ -88,11 +99,12 @@ def generate(
         top_p: draw from the smallest set of tokens with this much probability; 1: from all.
         seed: of the draws; the process's random state is left as it was.
         streamer: a transformers streamer.
+        settled: tokens of the prompt (fewer than all) behind which the session keeps a passing place.
 
     Raises:
         ValueError: a temperature below 0, top_p outside of (0, 1], more tokens than the model's rope represents.
     """
-    check_sampling(max_new_tokens, temperature, top_p)
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     lm = session.model
     session.check_length(len(ids) + max_new_tokens)
     settings = _settings(lm, tokenizer, max_new_tokens, temperature, top_p)
@@ -101,10 +113,18 @@ def generate(
     begin = time.perf_counter()
     read = len(ids)
     if session.cache is not None:
-        read = session.read(ids[:-1]) + 1
-        session.keep(passing=True)
+        read = 1
+        if settled is not None:
+            read += session.read(ids[:settled])
+            session.keep(passing=True)
+        read += session.read(ids[:-1])
     first = _FirstToken()
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(), _only_settings(lm, settings):
+    with (
+        session.recovering(),
+        torch.random.fork_rng(devices=devices),
+        torch.inference_mode(),
+        _only_settings(lm, settings),
+    ):
         torch.manual_seed(seed)
         out = lm.generate(
             input_ids=prompt,
@@ -128,14 +148,19 @@ def generate(
     )
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Raise ValueError on impossible settings."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} is below 1; give at least 1")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} is not a number >= 0; give 0 (greedy) or for example 0.7")
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise ValueError(f"temperature={temperature} is too near to 0 to divide by; give 0 (greedy) or at least "
+                         f"{LOWEST_TEMPERATURE}")  # fmt: skip
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} is not in (0, 1]; give 1 (all tokens) or for example 0.9")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} is not an integer from 0 to 2**63 - 1; give one")
 
 
 class _FirstToken(StoppingCriteria):
