@@ -102,13 +102,12 @@ def measure_decode(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Of every context: seconds of the cells and around the borders by round, bytes of the caches."""
     import torch
 
-    from hici.models.cache import slots_in_use
     from hici.models.lookup import hici_config
     from hici.models.modes import set_attention
 
     size = args.segment_size
     model = make_model(args, max(args.contexts) + 2 * size)
-    slots = slots_in_use(hici_config(model))
+    slots = hici_config(model).slots_in_use
     results: list[dict[str, Any]] = [
         {"context": context, "seconds": {mode: [] for mode in MODES}, "cache_bytes": {}, "border_seconds": [],
          "keys_seen": {"hici": slots + size // 2, "full": context + size // 2}}

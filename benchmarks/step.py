@@ -133,7 +133,7 @@ def peak_bytes() -> int:
     from hici.machine import peak_memory
 
     if torch.cuda.is_available() or sys.platform != "linux":
-        return peak_memory()
+        return peak_memory("cuda" if torch.cuda.is_available() else "cpu")
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

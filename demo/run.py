@@ -6,7 +6,8 @@ On the same held-out tokens, paired by window: the base in full attention; the b
 after a short adaptation with visibility `past`, the model in full attention and in its own HiCI attention. Then one
 window of 16K tokens, beyond the base's 8K (segments help there by themselves: no two tokens that see each other are
 far apart). It passes when the adapted model in full attention is below the base, and in `past` below segments without
-slots, both beyond the 95 % interval of the paired difference.
+slots, both beyond the 95 % interval of the paired difference. At the end the model continues a long prompt in both
+attentions: over a cache of all keys, and in memory that does not grow.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from stdlib_text import training_and_heldout
 
 CONTEXT, WINDOWS, SEGMENT = 4096, 8, 2048
 LONG_CONTEXT, LONG_SCORED = 16384, 8192  # scored: the half that lies beyond the base's positions
-PROMPT_TOKENS, NEW_TOKENS = 3000, 60
+PROMPT_TOKENS, NEW_TOKENS = 8000, 60
 
 
 def main() -> int:
@@ -46,9 +47,9 @@ def main() -> int:
     stream = heldout_stream(base_directory, heldout)
     runs = measure_base(base_directory, stream)
     train_adapter(base_directory, training, args.out)
-    adapted, sample = measure_adapted(args.out / "adapter", stream)
+    adapted, samples = measure_adapted(args.out / "adapter", stream)
     runs |= adapted
-    return report(runs, sample, args.out, time.perf_counter() - started)
+    return report(runs, samples, args.out, time.perf_counter() - started)
 
 
 def heldout_stream(base_directory: Path, heldout: list[str]) -> Any:
@@ -88,8 +89,8 @@ def train_adapter(base_directory: Path, training: list[str], out: Path) -> None:
     train(recipe)
 
 
-def measure_adapted(adapter: Path, stream: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The adapted model, read back from its directory, in its own and in full attention; and a sample."""
+def measure_adapted(adapter: Path, stream: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The adapted model, read back from its directory, in its own and in full attention; and samples."""
     import hici
 
     runs = {}
@@ -124,25 +125,30 @@ def measure(model: Any, stream: Any, name: str) -> Any:
     return run
 
 
-def generate(model: Any, adapter: Path, stream: Any) -> dict[str, Any]:
-    """Greedy continuation of held-out text."""
-    import torch
+def generate(model: Any, adapter: Path, stream: Any) -> list[dict[str, Any]]:
+    """Greedy continuations of held-out text in full attention and in HiCI attention, and their caches."""
     from transformers import AutoTokenizer
 
+    from hici.models.generate import generate as continue_prompt
+    from hici.models.modes import set_attention
+    from hici.models.session import Session
+
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    prompt = torch.from_numpy(stream[:PROMPT_TOKENS])[None]
-    with torch.inference_mode():
-        output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                                max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
-    return {
-        "prompt_tokens": PROMPT_TOKENS,
-        "prompt_end": tokenizer.decode(prompt[0, -60:]),
-        "text": tokenizer.decode(output[0, PROMPT_TOKENS:], skip_special_tokens=True),
-        "attention": "full",
-    }
+    prompt = stream[:PROMPT_TOKENS].tolist()
+    samples = []
+    for attention in ("full", "hici"):
+        set_attention(model, attention)
+        session = Session(model)
+        result = continue_prompt(session, tokenizer, prompt, max_new_tokens=NEW_TOKENS)
+        samples.append({
+            "attention": attention, "prompt_tokens": PROMPT_TOKENS, "prompt_end": tokenizer.decode(prompt[-60:]),
+            "text": result.text, "read_seconds": result.read_seconds, "tokens_per_second": result.tokens_per_second,
+            "cache_bytes": session.cache_bytes,
+        })  # fmt: skip
+    return samples
 
 
-def report(runs: dict[str, Any], sample: dict[str, Any], out: Path, seconds: float) -> int:
+def report(runs: dict[str, Any], samples: list[dict[str, Any]], out: Path, seconds: float) -> int:
     """Table, JSON, plot, verdict: 0 when passed."""
     from hici.eval.perplexity import paired_difference
     from hici.files import write_json, write_text
@@ -157,12 +163,13 @@ def report(runs: dict[str, Any], sample: dict[str, Any], out: Path, seconds: flo
             "interval": difference.interval,
             "passed": difference.interval[1] < 0,
         }
-    print_tables(runs, checks, sample, seconds)
+    print_tables(runs, checks, samples, seconds)
     write_json(out / "demo.json", {
-        "runs": {name: run.to_dict() for name, run in runs.items()}, "checks": checks, "sample": sample,
+        "runs": {name: run.to_dict() for name, run in runs.items()}, "checks": checks, "samples": samples,
         "seconds": seconds, "made_with": provenance(),
     })  # fmt: skip
-    write_text(out / "sample.txt", f"... {sample['prompt_end']}\n--- continued ---\n{sample['text']}\n")
+    continued = "".join(f"\n--- continued in attention {x['attention']} ---\n{x['text']}\n" for x in samples)
+    write_text(out / "sample.txt", f"... {samples[0]['prompt_end']}{continued}")
     plot(runs, out / "demo.png")
     passed = all(check["passed"] for check in checks.values())
     print(f"\n{out}/demo.json, demo.png, sample.txt, adapter/, train.json, train.png")
@@ -170,7 +177,7 @@ def report(runs: dict[str, Any], sample: dict[str, Any], out: Path, seconds: flo
     return 0 if passed else 1
 
 
-def print_tables(runs: dict[str, Any], checks: dict[str, Any], sample: dict[str, Any], seconds: float) -> None:
+def print_tables(runs: dict[str, Any], checks: dict[str, Any], samples: list[dict[str, Any]], seconds: float) -> None:
     print(f"\nheld-out text, {WINDOWS} windows of {CONTEXT:,} tokens; the end of one window of {LONG_CONTEXT:,}")
     print(f"{'':28}{'loss':>9}{'95 % interval':>20}{'perplexity':>12}")
     for name, run in runs.items():
@@ -180,7 +187,9 @@ def print_tables(runs: dict[str, Any], checks: dict[str, Any], sample: dict[str,
     for name, check in checks.items():
         low, high = check["interval"]
         print(f"{name:40}{check['mean']:+.4f}  [{low:+.4f}, {high:+.4f}]  {'ok' if check['passed'] else 'NOT ok'}")
-    print(f"\ncontinuation after {sample['prompt_tokens']:,} tokens:\n  {sample['text'].strip()[:400]}")
+    for x in samples:
+        print(f"\nattention {x['attention']}: {x['prompt_tokens']:,} tokens read in {x['read_seconds']:.0f} s, cache "
+              f"{x['cache_bytes'] / 2**20:.0f} MiB, continued:\n  {x['text'].strip()[:300]}")  # fmt: skip
     print(f"\n{seconds / 60:.1f} minutes")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 from pathlib import Path
 from unittest import mock
@@ -180,6 +181,23 @@ def random_ids(batch, length, seed=1):
 def logits(model, ids, mask=None, **inputs):
     with torch.no_grad():
         return model(ids, attention_mask=mask, **inputs).logits
+
+
+def cut(length, borders):
+    """(begin, end) of the pieces of `length` tokens, cut at those of the borders that are inside."""
+    places = sorted({0, length, *(border for border in borders if border < length)})
+    return list(itertools.pairwise(places))
+
+
+@torch.no_grad()
+def read(model, cache, ids, pieces, mask=None, **inputs):
+    """Logits of calls with the pieces (begin, end) of ids, one after another with the cache: [B, T, V]."""
+    outs = []
+    for begin, end in pieces:
+        part = {name: x[:, begin:end] for name, x in inputs.items()}
+        seen = None if mask is None else mask[:, :end]
+        outs.append(model(ids[:, begin:end], attention_mask=seen, past_key_values=cache, **part).logits)
+    return torch.cat(outs, dim=1)
 
 
 def padded(rows, side, total=None, fill=0):

@@ -118,6 +118,11 @@ class HiCIConfig:
         """Whether generation decodes from slots (a HiCICache), and not over raw keys."""
         return self.visibility == "past" and self.decode == "auto"
 
+    @property
+    def slots_in_use(self) -> int:
+        """P: slots in front of a segment."""
+        return self.use_global * self.num_global_slots + self.use_local * self.num_local_slots
+
     def resolve_segment_size(self, length: int) -> int:
         """Tokens in a segment for a batch padded to `length` tokens (at least 1)."""
         if self.segment_size is not None:

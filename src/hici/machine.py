@@ -8,10 +8,10 @@ import psutil
 import torch
 
 
-def peak_memory() -> int:
-    """Peak bytes so far: of the GPU's allocator where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device: torch.device | str) -> int:
+    """Peak bytes so far: of a GPU's allocator, else of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows

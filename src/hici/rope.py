@@ -133,6 +133,12 @@ def far_rope(rope_parameters: dict[str, Any]) -> dict[str, Any]:
     return rope_parameters[_FAR] if _nested(rope_parameters) else rope_parameters
 
 
+def rope_kinds(rope_parameters: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(rope_type, parameters) of every type of layer."""
+    ropes = rope_parameters.values() if _nested(rope_parameters) else [rope_parameters]
+    return [(rope.get("rope_type", "default"), rope) for rope in ropes if isinstance(rope, dict)]
+
+
 def check_rope_parameters(rope_parameters: dict[str, Any]) -> list[str]:
     """Names of what rope parameters lack to be whole: rope_type and rope_theta, of every type of layer."""
     if not _nested(rope_parameters):

@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import hici
+from helpers import SEGMENT, small_config, tiny_model
 from hici import HiCIConfig
 from hici.models.attach import attach, hici_state_dict
 from hici.presets import preset_names
-from hici.report.memory import Shape, generation_memory, layer_bytes_per_token, training_memory
-from hici.report.summary import describe_plan, segment_plan
+from hici.report.memory import Shape, bounded_memory, generation_memory, layer_bytes_per_token, training_memory
+from hici.report.summary import _shape, describe_plan, segment_plan
 
 # public parameter counts of the architectures
 BASE = {
@@ -219,3 +221,27 @@ def test_counts_are_those_of_real_modules(base_directory, hici_command):
     model = attach(LlamaForCausalLM.from_pretrained(base_directory), HiCIConfig(bottleneck_dim=64))
     facts = json.loads(hici_command("info", base_directory, "--bottleneck-dim", 64, "--json").out)
     assert facts["hici_parameters"] == sum(tensor.numel() for tensor in hici_state_dict(model).values())
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 29])
+@pytest.mark.parametrize("options", [{}, {"use_global": False, "use_local": False}, {"use_global": False}], ids=str)
+def test_bounded_memory_is_that_of_a_real_cache(tokens, options):
+    config = small_config(visibility="past", **options)
+    model = attach(tiny_model(), config)
+    cache = hici.HiCICache(model)
+    with torch.no_grad():
+        for _ in range(tokens + SEGMENT - 1):  # the unfinished segment was at its longest but one
+            model(torch.zeros(3, 1, dtype=torch.long), past_key_values=cache)
+    shape = _shape(model.config, config, 0, held=0, trained=0)
+    estimate = bounded_memory(shape, tokens + SEGMENT - 1, SEGMENT, batch=3, number_bytes=4)["HiCICache"]
+    assert estimate == cache.nbytes
+
+
+def test_bounded_memory_is_shown_where_it_can_be_had(hici_command):
+    arguments = ["info", "--preset", "llama-2-7b", "--context", 102400]
+    bounded = [*arguments, "--visibility", "past", "--segment-size", 4096]
+    facts = json.loads(hici_command(*bounded, "--json").out)
+    assert facts["generation"]["KV cache"] / facts["bounded"]["HiCICache"] > 24.5
+    assert "a HiCICache, segment by segment" in hici_command(*bounded).out
+    assert json.loads(hici_command(*arguments, "--json").out)["bounded"] is None
+    assert "HiCICache" not in hici_command(*arguments).out

@@ -166,7 +166,7 @@ def test_defaults_are_the_published_ones():
     assert hici_config(make("qwen3")).visibility == "current"
     base = tiny_model(hidden_size=512, num_attention_heads=8)
     llama_attn_hici.register_hici_to_model(base)
-    assert hici_config(base) == hici.HiCIConfig()
+    assert hici_config(base) == hici.HiCIConfig(decode="raw")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_options_become_a_config(options, config):
     model = tiny_model()
     assert llama_attn_hici.register_hici_to_model(model, **{**SMALL, **options}) is model
     shapes = {"num_local_slots": 3, "num_global_slots": 2, "num_heads": 4, "bottleneck_dim": 32, "compress_dim": 16}
-    assert hici_config(model) == hici.HiCIConfig(**{**shapes, "num_segments": 4, **config})
+    assert hici_config(model) == hici.HiCIConfig(**{**shapes, "num_segments": 4, "decode": "raw", **config})
     assert len(hici_state_dict(model)) >= 26
     logits(model, IDS)
 

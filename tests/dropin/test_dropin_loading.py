@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import hici
 import llama_attn_hici
@@ -162,10 +162,16 @@ def test_bfloat16_as_in_the_card(checkpoint):
     assert difference(logits(model, tensors["input_ids"]).float(), expected) < 0.3  # rounding only; the std is 1.2
 
 
-def test_generation(registered, checkpoint):
+@pytest.mark.parametrize("mode", ["none", "causal_shift"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_generation_decodes_over_raw_keys(registered, checkpoint, mode, fixed):
     llama_attn_hici.CONTEXT_LENGTH = CONTEXT
+    llama_attn_hici.CAUSAL_CONTEXT_MODE = mode
+    llama_attn_hici.USE_FIXED_SEGMENT_SIZE, llama_attn_hici.USE_FULL_ATTN_WITH_HICI = fixed, False
     model = PeftModel.from_pretrained(registered(), checkpoint / "peft_fp32")
-    assert model.generate(input_ids=random_ids(1, 20), max_new_tokens=4, do_sample=False).shape == (1, 24)
+    out = model.generate(input_ids=random_ids(1, 20), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert out.sequences.shape == (1, 24)
+    assert type(out.past_key_values) is DynamicCache
 
 
 @pytest.mark.usefixtures("context")

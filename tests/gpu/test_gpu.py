@@ -116,3 +116,32 @@ def test_a_merged_model_on_the_device(tmp_path):
     with torch.no_grad():
         out = model(IDS.cuda()).logits.cpu()
     assert difference(out, EXPECTED["peft_fp32/none/logits"]) < 1e-2
+
+
+@pytest.mark.parametrize("split", [[61], [1] * 61, [5, 20, 36]], ids=["whole", "one by one", "uneven"])
+def test_a_hici_cache_on_the_device(split):
+    model = strong_model(visibility="past", options={"max_position_embeddings": 512}).cuda()
+    rows = [random_ids(1, length, seed=length)[0] for length in (61, 33, 8)]
+    ids, mask = (x.cuda() for x in padded(rows, "left"))
+    cache, outputs, done = hici.HiCICache(model), [], 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        for length in split:
+            piece = slice(done, done + length)
+            done += length
+            outputs.append(model(ids[:, piece], attention_mask=mask[:, :done], past_key_values=cache).logits)
+    assert difference(torch.cat(outputs, 1)[mask.bool()], expected[mask.bool()]) < 1e-2
+    assert {x.device.type for layer in cache.layers for x in layer.state.tensors().values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+def test_bounded_generation_on_the_device(options, tmp_path):
+    model = strong_model(visibility="past", options={"max_position_embeddings": 512}).to("cuda", torch.bfloat16)
+    ids, mask = (x.cuda() for x in padded([random_ids(1, 29)[0], random_ids(1, 13)[0]], "left"))
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=20, pad_token_id=0, return_dict_in_generate=True,
+                         **options)  # fmt: skip
+    assert out.sequences.shape == (2, 49)
+    assert isinstance(out.past_key_values, hici.HiCICache)
+    out.past_key_values.save(tmp_path / "cache")
+    loaded = hici.HiCICache.load(tmp_path / "cache", model)
+    assert loaded.tokens == out.past_key_values.tokens

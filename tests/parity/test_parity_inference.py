@@ -53,6 +53,21 @@ def test_decode_over_raw_keys(case):
             assert (out - TENSORS[f"{case}/decode_logits"][:, step]).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("case", DECODED)
+def test_generate_decodes_as_published(case):
+    """Greedy generation with decode="raw" picks the published tokens by itself."""
+    ids, _ = _inputs(case)
+    model = _model(case)
+    reconfigure(model, decode="raw")
+    tokens = TENSORS[f"{case}/decode_tokens"]
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens.shape[1] + 1, do_sample=False,
+                         output_logits=True, return_dict_in_generate=True, pad_token_id=0)  # fmt: skip
+    assert isinstance(out.past_key_values, DynamicCache)
+    assert torch.equal(out.sequences[:, ids.shape[1] : -1], tokens)
+    steps = torch.stack(out.logits[1:], dim=1)
+    assert (steps - TENSORS[f"{case}/decode_logits"]).abs().max() < TOLERANCE
+
+
 def test_a_block_of_tokens_in_one_call():
     model, cache = _model("fullhici.none"), DynamicCache()
     with torch.no_grad():

@@ -49,7 +49,7 @@ def add_base_flags(group: Any) -> None:
                        help="heads of a released adapter's HiCI modules, which are in no file (default 8)")  # fmt: skip
 
 
-def add_segment_flags(parser: argparse.ArgumentParser) -> None:
+def add_segment_flags(parser: argparse.ArgumentParser) -> Any:
     """Segments, visibility and slots, on top of what the directory says."""
     group = parser.add_argument_group("segments (default: as the directory says)")
     group.add_argument("--segment-size", type=positive, metavar="S", help="tokens in a segment")
@@ -57,6 +57,7 @@ def add_segment_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--visibility", choices=("all", "current", "past"), help="what a slot may summarise; "
                        "only past is causal")  # fmt: skip
     group.add_argument("--no-slots", action="store_true", help="segments without slots")
+    return group
 
 
 def positive(text: str) -> int:
@@ -225,6 +226,7 @@ def _load_plain(args: argparse.Namespace, attentions: list[str]) -> Any:
             use_local=False,
             segment_size=args.segment_size,
             num_segments=args.num_segments,
+            visibility="past",  # without slots all are alike, and this one generates in bounded memory
         )
         attach(model, small)
         set_attention(model, "full")

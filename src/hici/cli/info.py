@@ -239,13 +239,16 @@ def _print_memory(facts: dict[str, Any]) -> None:
     from hici.report.tables import print_table, size
 
     rows = []
-    for what in ("training", "generation"):
-        parts = facts[what]
+    for what, key in (("training", "training"), ("generation", "generation"), ("in bounded memory", "bounded")):
+        parts = facts[key]
+        if parts is None:
+            continue
         rows += [[what if i == 0 else "", part, size(count)] for i, (part, count) in enumerate(parts.items())]
         rows.append(["", "in all", size(sum(parts.values()))])
     title = f"Memory, estimated: {facts['batch']} x {facts['context']:,} tokens, {facts['dtype']}"
     note = (
         f"Training: {facts['trained_parameters']:,} trained parameters (HiCI, LoRA, embeddings, norms), every layer "
-        "checkpointed, attention hici. Generation: keys and values of all tokens."
+        "checkpointed, attention hici. Generation: keys and values of all tokens, the prompt read at once"
+        + ("; in bounded memory: a HiCICache, segment by segment." if facts["bounded"] else ".")
     )
     print_table(title, ["", "part", "memory"], rows, [note])

@@ -153,7 +153,7 @@ class LocalConstructor(nn.Module):
     def _plain(self, x_SD: Tensor, q_hMd: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         k_hSd = self._heads(self.k_proj(x_SD))
         v_hSd = self._heads(self.v_proj(x_SD))
-        return q_hMd @ k_hSd.mT, lambda weights_hMS: weights_hMS.to(v_hSd.dtype) @ v_hSd
+        return q_hMd.to(k_hSd.dtype) @ k_hSd.mT, lambda weights_hMS: weights_hMS.to(v_hSd.dtype) @ v_hSd
 
     def _absorbed(self, x_SD: Tensor, q_hMd: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Wk moves into the queries and Wv behind the weighted sum: no [S, C] keys or values are made or kept.

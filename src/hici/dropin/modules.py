@@ -321,6 +321,7 @@ def read_constants(registered: Registered) -> Wanted:
         "use_local": registered.use_local and local,
         "num_segments": None,
         "segment_size": None,
+        "decode": "raw",  # the published one, for every mode
     }
     if not module.USE_FIXED_SEGMENT_SIZE:
         use["num_segments"] = segments_of(registered.module, "group_size_ratio", module.group_size_ratio)

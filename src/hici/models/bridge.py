@@ -69,7 +69,7 @@ def attention_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         assert cache.step is not None  # the decoder's hook
         layer = cache.layers[module.layer_idx]
         layer.construct(module, hidden_BTD, cache.step)
-        return args, {**kwargs, "hici": Prefix(segment_size=cache.step.segment_size, layer=layer)}
+        return args, {**kwargs, "hici": Prefix(segment_size=cache.step.longest, layer=layer)}
     if cache is not None and cache.get_seq_length(module.layer_idx) > 0:
         return args, {**kwargs, "hici": Prefix(segment_size=0, raw=True)}
     length = hidden_BTD.shape[1]
@@ -149,7 +149,11 @@ def hici_attention(
         out = raw.attend(q, k, v, _optional_mask(attention_mask), scale=scale, window=sliding_window, dropout=dropout)
         return out, None
     if hici.layer is not None:
-        check_window(sliding_window, hici.segment_size)
+        try:
+            check_window(sliding_window, hici.segment_size)
+        except ValueError:
+            hici.layer.abandon()
+            raise
         return hici.layer.attend(module, q, k, v, scale=scale, dropout=dropout), None
     check_window(sliding_window, min(hici.segment_size, q.shape[1]))
     if hici.order is not None:

@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hici.config import HiCIConfig
-from hici.models.cache_layer import USE_DYNAMIC, HiCILayer, LayerState
+from hici.models.cache_layer import NO_GRADIENTS, USE_DYNAMIC, HiCILayer, LayerState
+from hici.models.cache_reader import Reader, check_rope, fingerprint_of
 from hici.models.cache_step import Step, make_step
-from hici.models.fingerprint import model_fingerprint
 from hici.models.lookup import attention_modules, get_decoder, hici_config, is_attached
 
 
@@ -37,6 +37,12 @@ class Snapshot:
     columns: int
     states: tuple[LayerState, ...]
     reader: Reader
+    earlier: weakref.WeakSet[Snapshot]  # those on the way to it
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.nbytes for state in self.states for x in state.tensors().values())
 
 
 class HiCICache(Cache):
@@ -71,7 +77,7 @@ class HiCICache(Cache):
         self.step: Step | None = None
         self._reader = Reader(get_decoder(model))
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
-        super().__init__(layers=[HiCILayer(slots_in_use(self.config)) for _ in attention_modules(model)])
+        super().__init__(layers=[HiCILayer(self.config.slots_in_use) for _ in attention_modules(model)])
 
     # ---- what it holds
 
@@ -106,9 +112,30 @@ class HiCICache(Cache):
             Positions [B, T] of the new tokens; None where they count on from the columns so far.
 
         Raises:
-            ValueError: another model or config than the cache was made for; rows or mask that do not go with what it
-                holds; more tokens than the rope represents; an earlier call that stopped in its middle.
+            ValueError: another model or config than the cache was made for; gradients would be recorded; rows or mask
+                that do not go with what it holds; more tokens than the rope represents; an earlier call that stopped
+                in its middle.
         """
+        before, new, real_BT = self.check(decoder, tokens, mask_BX)
+        length = tokens.shape[1]
+        self.step = make_step(before, new, length, self.segment_size, real_BT, tokens.device)
+        columns = self.get_seq_length()
+        if real_BT is None and all(old == columns for old in before):
+            return None
+        first_B1 = torch.tensor(before, device=tokens.device)[:, None]
+        if real_BT is None:
+            return first_B1 + torch.arange(length, device=tokens.device)
+        return first_B1 + (real_BT.to(tokens.device).long().cumsum(1) - 1).clamp(min=0)
+
+    def check(self, decoder: Any, tokens: Tensor, mask_BX: Tensor | None) -> tuple[list[int], list[int], Tensor | None]:
+        """The refusals of `begin`. Returns real tokens of every row so far, those in the call, and which: [B, T]."""
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, *decoder.parameters())):
+            raise ValueError(NO_GRADIENTS)
+        if decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers):
+            raise ValueError(
+                "a HiCICache with gradient checkpointing in training mode, in which transformers drops caches; call "
+                "model.eval() before generating"
+            )
         self._reader.check(decoder)
         self._check_config(hici_config(decoder))
         self._check_whole()
@@ -119,36 +146,31 @@ class HiCICache(Cache):
                 f"the HiCICache holds {len(before)} rows, but the input has {batch}; give as many, or change the cache "
                 f"with batch_repeat_interleave or batch_select_indices (for beams: before generate)"
             )
-        real_BT = None if mask_BX is None else self._new_mask(mask_BX, before)
-        self.step = make_step(before, length, self.segment_size, real_BT)
-        self.check_rope(decoder.config, max(old + new for old, new in zip(before, self.step.new, strict=True)))
-        columns = self.get_seq_length()
-        if real_BT is None and all(old == columns for old in before):
-            return None
-        first_B1 = torch.tensor(before, device=tokens.device)[:, None]
-        if real_BT is None:
-            return first_B1 + torch.arange(length, device=tokens.device)
-        return first_B1 + (real_BT.to(tokens.device).long().cumsum(1) - 1).clamp(min=0)
+        new, real_BT = [length] * batch, None
+        if mask_BX is not None:
+            new, real_BT = self._new_mask(mask_BX, before, length)
+        check_rope(decoder.config, before, new, beyond=self.allow_beyond_rope)
+        return before, new, real_BT
 
-    def _new_mask(self, mask_BX: Tensor, before: list[int]) -> Tensor | None:
-        """[B, T] of the new tokens; None: all are real."""
+    def _new_mask(self, mask_BX: Tensor, before: list[int], length: int) -> tuple[list[int], Tensor | None]:
+        """Real tokens of every row among the new ones, and which they are: [B, T]; None: all."""
         columns = self.get_seq_length()
-        marked = mask_BX[:, :columns].long().sum(1).tolist()
-        for row, (said, held) in enumerate(zip(marked, before, strict=True)):
+        counts = torch.stack((mask_BX[:, :columns].long().sum(1), mask_BX[:, columns:].long().sum(1))).tolist()
+        for row, (said, held) in enumerate(zip(counts[0], before, strict=True)):
             if said != held:
                 raise ValueError(
                     f"attention_mask has {said} real tokens of row {row} before the new ones, but the HiCICache has "
                     f"read {held}; give the mask that the tokens were read with, and the new tokens' behind it"
                 )
-        real_BT = mask_BX[:, columns:].to(torch.bool)
-        return None if bool(real_BT.all()) else real_BT
+        return counts[1], None if min(counts[1]) == length else mask_BX[:, columns:].to(torch.bool)
 
     def _check_config(self, now: HiCIConfig) -> None:
-        for name in ("visibility", "segment_size", "use_global", "use_local", "decode"):
-            if getattr(now, name) != getattr(self.config, name):
+        ours, theirs = self.config.to_dict(), now.to_dict()
+        for name in ours:
+            if name not in ("backend", "num_segments") and ours[name] != theirs[name]:  # segment_size says it
                 raise ValueError(
-                    f"the HiCICache was made for {name}={getattr(self.config, name)!r}, but the model now has "
-                    f"{getattr(now, name)!r}; make a new HiCICache, or reconfigure the model back"
+                    f"the HiCICache was made for {name}={ours[name]!r}, but the model now has {theirs[name]!r}; make a "
+                    "new HiCICache, or reconfigure the model back"
                 )
 
     def _check_whole(self) -> None:
@@ -159,22 +181,13 @@ class HiCICache(Cache):
                 "its restore(snapshot) or reset(), or make a new one"
             )
 
-    def check_rope(self, model_config: Any, length: int) -> None:
-        """Raise ValueError when a model's rope does not represent `length` tokens (and that is not allowed)."""
-        positions = model_config.max_position_embeddings
-        if length > positions and not self.allow_beyond_rope:
-            raise ValueError(
-                f"{length} tokens are more than the {positions} positions of the model's rope settings; extend it "
-                f"first (hici.extend_rope(model, {length})), or make the cache with allow_beyond_rope=True"
-            )
-
     # ---- going back
 
     def snapshot(self) -> Snapshot:
         """The cache as it is now, to `restore` it later: questions about one document, a turn that is taken back."""
         self._check_whole()
-        states = tuple(layer.state.map(torch.clone) for layer in self.layers)
-        snapshot = Snapshot(self.get_seq_length(), states, self._reader)
+        states = tuple(layer.state.copy(layer.num_slots, self.segment_size) for layer in self.layers)
+        snapshot = Snapshot(self.get_seq_length(), states, self._reader, weakref.WeakSet(self._snapshots))
         self._snapshots.add(snapshot)
         return snapshot
 
@@ -190,8 +203,8 @@ class HiCICache(Cache):
         for layer, state in zip(self.layers, snapshot.states, strict=True):
             layer.reset()
             layer.state = state.map(torch.clone)
-        # later ones may hold what is read no more
-        self._snapshots = weakref.WeakSet(x for x in self._snapshots if x.columns <= snapshot.columns)
+        # others, later or of another continuation, hold what is not read now
+        self._snapshots = weakref.WeakSet([*snapshot.earlier, snapshot])
 
     def reset(self) -> None:
         """Forget everything."""
@@ -263,7 +276,7 @@ class HiCICache(Cache):
 
     def model_fingerprint(self) -> str:
         """Of the model that it was made for."""
-        return model_fingerprint(self._reader.decoder())
+        return fingerprint_of(self._reader.decoder())
 
     def placements(self) -> list[tuple[torch.device, torch.dtype]]:
         """Device and dtype of every layer of that model."""
@@ -273,48 +286,14 @@ class HiCICache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> HiCICache:
         copied = copy.copy(self)  # config, step and reader are shared: they never change
         memo[id(self)] = copied
-        copied.layers = []
-        for layer in self.layers:
-            copied.layers.append(HiCILayer(layer.num_slots))
-            copied.layers[-1].state = layer.state.map(torch.clone)
+        copied.layers = [layer.copy() for layer in self.layers]
         copied._snapshots = weakref.WeakSet(self._snapshots)
         return copied
 
 
-class Reader:
-    """The model that a cache belongs to, without keeping it alive."""
-
-    def __init__(self, decoder: Any) -> None:
-        self._decoder = weakref.ref(decoder)
-
-    def check(self, decoder: Any) -> None:
-        """Raise ValueError unless it is this model, or one with the same weights (a copy of it)."""
-        own = self._decoder()
-        if own is decoder:
-            return
-        if own is None or model_fingerprint(own) != model_fingerprint(decoder):
-            raise ValueError(
-                "the HiCICache was made for another model; make one with HiCICache(model) for this one, and read the "
-                "tokens again"
-            )
-        self._decoder = weakref.ref(decoder)
-
-    def decoder(self) -> Any:
-        """Raises ValueError when the model is gone."""
-        own = self._decoder()
-        if own is None:
-            raise ValueError("the model of this HiCICache is gone; keep it while the cache is in use")
-        return own
-
-
-def slots_in_use(config: HiCIConfig) -> int:
-    """P: slots that a token sees."""
-    return config.use_global * config.num_global_slots + config.use_local * config.num_local_slots
-
-
 def check_bounded(config: HiCIConfig) -> None:
     """Raise ValueError when a config does not allow generation in bounded memory."""
-    remedy = f"pass {USE_DYNAMIC} for the published decode over raw keys"
+    remedy = f"pass {USE_DYNAMIC} for the published decode over raw keys (decode='raw' in the config, --decode raw)"
     if config.visibility != "past":
         raise ValueError(
             f"visibility={config.visibility!r} with a HiCICache: tokens of a segment see a summary of what comes after "
@@ -324,7 +303,8 @@ def check_bounded(config: HiCIConfig) -> None:
     if config.segment_size is None:
         raise ValueError(
             f"num_segments={config.num_segments} with a HiCICache: the segments would change with every token; call "
-            f"hici.reconfigure(model, segment_size=S) with the segments' length in training, or {remedy}"
+            f"hici.reconfigure(model, segment_size=S) with the segments' length in training (--segment-size S), or "
+            + remedy
         )
     if config.decode != "auto":
         raise ValueError(

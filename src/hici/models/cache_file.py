@@ -7,10 +7,12 @@ row, what the caller said about it, and how it was made.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 _KEY = "hici_cache"
+_KEYS = ("hici", "model_fingerprint", "tokens", "columns", "layers", "about", "tensors_sha256", "made_with")
 _GROUPS: dict[str, Any] = {"construction": RunningConstruction, "statistics": RunningStatistics}
 
 
@@ -45,13 +48,8 @@ def save(cache: HiCICache, path: str | Path, *, about: dict[str, Any] | None = N
     if not cache.tokens:
         raise ValueError("the HiCICache is empty; read something with it before saving it")
     states = cache.snapshot().states
-    held = max(tokens % cache.segment_size for tokens in cache.tokens)
-    tensors = {}
-    for i, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
-        for name, tensor in state.tensors().items():
-            if name in ("keys", "values"):
-                tensor = tensor[:, :, : layer.num_slots + held]
-            tensors[f"layers.{i}.{name}"] = tensor.contiguous()
+    tensors = {f"layers.{i}.{name}": tensor.contiguous()
+               for i, state in enumerate(states) for name, tensor in state.tensors().items()}  # fmt: skip
     values = {
         "format_version": FORMAT_VERSION,
         "hici": cache.config.to_dict(),
@@ -60,6 +58,7 @@ def save(cache: HiCICache, path: str | Path, *, about: dict[str, Any] | None = N
         "columns": cache.get_seq_length(),
         "layers": len(cache.layers),
         "about": about or {},
+        "tensors_sha256": _hash(tensors),
         "made_with": provenance(),
     }
     with atomic_file(path) as temporary:
@@ -90,13 +89,20 @@ def load(cache: HiCICache, path: str | Path) -> HiCICache:
     for i, (layer, (device, dtype)) in enumerate(zip(cache.layers, cache.placements(), strict=True)):
         named = {name.removeprefix(f"layers.{i}."): x.to(device)
                  for name, x in tensors.items() if name.startswith(f"layers.{i}.")}  # fmt: skip
-        if "values" in named and named["values"].dtype != dtype:
+        if "values" in named and named["values"].dtype not in (dtype, autocast_dtype(device)):
             raise ValueError(
                 f"{path} was made in {named['values'].dtype}, but the model is in {dtype}; load the model with "
                 f"dtype={named['values'].dtype}, or read the tokens again"
             )
         layer.state = _state(Path(path), i, layer.num_slots, named, values)
+    if values["tensors_sha256"] != _hash(tensors):
+        raise ValueError(f"{path} is damaged (its tensors are not those that were written); copy it again")
     return cache
+
+
+def autocast_dtype(device: Any) -> Any:
+    """The dtype in which a cache is made under autocast; None outside of it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
@@ -115,13 +121,29 @@ def _read(path: Path, *, load_tensors: bool) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy it again") from error
     if _KEY not in metadata:
         raise ValueError(f"{path} is no HiCICache (its metadata lacks {_KEY}); give a file that HiCICache.save wrote")
-    values = json.loads(metadata[_KEY])
-    if values["format_version"] != FORMAT_VERSION:
+    try:
+        values = json.loads(metadata[_KEY])
+        version = values["format_version"]
+        if version == FORMAT_VERSION:
+            missing = [key for key in _KEYS if key not in values]
+            if missing:
+                raise KeyError(", ".join(missing))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged (its metadata: {error}); copy it again") from error
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {values['format_version']}, but this hici reads {FORMAT_VERSION}; install the "
-            f"hici that wrote it ({values['made_with']['hici']}), or read the tokens again"
+            f"{path} has format_version {version}, but this hici reads {FORMAT_VERSION}; install the hici that wrote "
+            "it, or read the tokens again"
         )
     return values, tensors
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def _state(path: Path, i: int, num_slots: int, named: dict[str, Tensor], values: dict[str, Any]) -> LayerState:
@@ -137,4 +159,12 @@ def _state(path: Path, i: int, num_slots: int, named: dict[str, Tensor], values:
             groups[group] = None if missing else kind(*(named[name] for name in kind._fields))
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)} of layer {i}; copy it again")
+    rows, size = len(values["tokens"]), values["hici"]["segment_size"]
+    kept = num_slots + max(tokens % size for tokens in values["tokens"])
+    for name, tensor in named.items():
+        if tensor.shape[0] != rows or (name in ("keys", "values") and tensor.shape[2] != kept):
+            raise ValueError(
+                f"{path} is damaged: {name} of layer {i} is {list(tensor.shape)} for {rows} rows and {kept} kept "
+                "places; copy it again"
+            )
     return LayerState(list(values["tokens"]), values["columns"], named["keys"], named["values"], **groups)

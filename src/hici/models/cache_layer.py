@@ -22,6 +22,10 @@ from hici.core.local_construction import RunningConstruction
 from hici.models.cache_step import Part, Step
 
 USE_DYNAMIC = "transformers.DynamicCache(config=model.config)"
+NO_GRADIENTS = (
+    "a HiCICache while gradients are recorded: it is written in place and keeps no graph; call the model under "
+    "torch.no_grad(), or without a cache (use_cache=False)"
+)
 
 
 @dataclasses.dataclass
@@ -52,6 +56,12 @@ class LayerState:
             None if self.construction is None else RunningConstruction(*map(function, self.construction)),
             None if self.statistics is None else RunningStatistics(*map(function, self.statistics)),
         )
+
+    def copy(self, num_slots: int, segment_size: int) -> LayerState:
+        """Of its own tensors, without the space that is kept free."""
+        end = num_slots + max((tokens % segment_size for tokens in self.before), default=0)
+        keys, values = (None if x is None else x[:, :, :end] for x in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values).map(torch.clone)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name."""
@@ -101,10 +111,7 @@ class HiCILayer(CacheLayerMixin):
             ValueError: gradients would be recorded.
         """
         if hidden_BTD.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "a HiCICache while gradients are recorded: it is written in place and keeps no graph; call the model "
-                "under torch.no_grad(), or without a cache (use_cache=False)"
-            )
+            raise ValueError(NO_GRADIENTS)
         call = self._call = _Call(step)
         if not self.num_slots:
             return
@@ -139,16 +146,14 @@ class HiCILayer(CacheLayerMixin):
                 finished.append(constructor.finish(running)[:, None])
                 fresh = constructor.start(len(step.new))
                 running = RunningConstruction(
-                    *(_where(step.closes, new, old) for new, old in zip(fresh, running, strict=True))
+                    *(_where_closed(new, old, step) for new, old in zip(fresh, running, strict=True))
                 )
-        full = max(step.full)
-        if full:
-            tokens = full * step.segment_size
-            segments_BGSD = step.rest.take(hidden_BTD)[:, :tokens].unflatten(1, (full, -1))
+        if step.full:
+            tokens = step.full * step.segment_size
+            segments_BGSD = step.rest.take(hidden_BTD)[:, :tokens].unflatten(1, (step.full, -1))
             real_Bn = step.rest.real(hidden_BTD.device)
-            finished.append(
-                constructor(segments_BGSD, None if real_Bn is None else real_Bn[:, :tokens].unflatten(1, (full, -1)))
-            )
+            real_BGS = None if real_Bn is None else real_Bn[:, :tokens].unflatten(1, (step.full, -1))
+            finished.append(constructor(segments_BGSD, real_BGS))
         if step.tail.length:
             running = self._accumulate(constructor, running, hidden_BTD, step.tail)
         call.construction = running
@@ -172,6 +177,7 @@ class HiCILayer(CacheLayerMixin):
             )
         kept = self.state.values
         if kept is not None and kept.dtype != value_states.dtype:
+            self.abandon()
             raise ValueError(
                 f"the HiCICache holds {kept.dtype}, but the model computes in {value_states.dtype}; make a new "
                 f"HiCICache, or read on in {kept.dtype}"
@@ -189,7 +195,7 @@ class HiCILayer(CacheLayerMixin):
         if step.head.length:
             self._write_head(keys, k_BTJE, step)
             self._write_head(values, v_BTJE, step)
-            parts.append(self._attend_head(q_BTHE, keys, values, step, scale, dropout))
+            parts.append(self._attend_head(attention, q_BTHE, keys, values, step, scale=scale, dropout=dropout))
         if step.rest.length:
             slot_k = self._slots_of_rest(keys, call.slot_k_BGPJE, step)
             slot_v = self._slots_of_rest(values, call.slot_v_BGPJE, step)
@@ -216,39 +222,44 @@ class HiCILayer(CacheLayerMixin):
 
         Ragged rows have one place more, the last, for what they throw away.
         """
-        fixed = self.num_slots + (0 if step.uniform else 1)
+        fixed = self.num_slots + (0 if step.rows is None else 1)
         needed, largest = fixed + max(step.head_end, step.tail.length), fixed + step.segment_size
         return _grown(self.state.keys, k_BTJE, needed, largest), _grown(self.state.values, v_BTJE, needed, largest)
 
     def _write_head(self, kept_BJXE: Tensor, new_BTJE: Tensor, step: Step) -> None:
         head_BJnE, begin = step.head.take(new_BTJE).transpose(1, 2), self.num_slots
-        if step.uniform:
-            begin += step.phases[0]
+        if step.rows is None:
+            begin += step.phase
             kept_BJXE[:, :, begin : begin + step.head.length] = head_BJnE
             return
         # behind a row's own tokens: into places that are written again before they are seen, or into the last
-        place_Bn = _column(step.phases, kept_BJXE)[:, 0] + begin + _range(step.head.length, kept_BJXE)
+        phase_B1 = step.rows_on(kept_BJXE.device).phase[:, None]
+        place_Bn = phase_B1 + begin + _range(step.head.length, kept_BJXE)
         _scatter(kept_BJXE, place_Bn.clamp(max=kept_BJXE.shape[2] - 1), head_BJnE)
 
     def _attend_head(
-        self, q_BTHE: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, dropout: float
+        self, attention: Any, q_BTHE: Tensor, keys: Tensor, values: Tensor, step: Step, **options: Any
     ) -> Tensor:
         """Attention of the head's tokens [B, n, H, E] over the slots and the unfinished segment."""
-        n, begin = step.head.length, 0
-        end = self.num_slots + step.head_end
-        visible_BnX = None
-        if step.uniform:
-            begin = 0 if step.have_slots[0] else self.num_slots
-            if n > 1:
-                visible_BnX = _range(end - begin, keys) <= _range(n, keys)[:, None] + (end - begin - n)
-                visible_BnX = visible_BnX[None]
-        else:
+        n, q_BnHE, end = step.head.length, step.head.take(q_BTHE), self.num_slots + step.head_end
+        if step.rows is not None:
+            rows = step.rows_on(keys.device)
             column_X = _range(end, keys) - self.num_slots
-            visible_BnX = column_X <= _column(step.phases, keys) + _range(n, keys)[:, None]
-            visible_BnX &= _column(step.have_slots, keys) | (column_X >= 0)
-        q_BnHE = step.head.take(q_BTHE)
-        k, v = (x[:, :, begin:end] for x in (keys, values))
-        return cached.attend(q_BnHE, k, v, visible_BnX, scale=scale, dropout=dropout)
+            visible_BnX = column_X <= rows.phase[:, None, None] + _range(n, keys)[:, None]
+            visible_BnX &= rows.has_slots[:, None, None] | (column_X >= 0)
+            return cached.attend(q_BnHE, keys[:, :, :end], values[:, :, :end], visible_BnX, **options)
+        begin = 0 if step.has_slots else self.num_slots
+        k_BJXE, v_BJXE = keys[:, :, begin:end], values[:, :, begin:end]
+        earlier = end - begin - n
+        if n == 1:
+            return cached.attend(q_BnHE, k_BJXE, v_BJXE, None, **options)
+        if earlier >= n:
+            visible_nX = _range(end - begin, keys) <= _range(n, keys)[:, None] + earlier
+            return cached.attend(q_BnHE, k_BJXE, v_BJXE, visible_nX[None], **options)
+        # all that is seen by every token of the head may stand as its slots: causal kernels need no mask for them
+        slots = (x[:, :, :earlier].transpose(1, 2)[:, None] for x in (k_BJXE, v_BJXE))
+        head = (x[:, :, earlier:].transpose(1, 2) for x in (k_BJXE, v_BJXE))
+        return attention.hici_attend(q_BnHE, *head, *slots, segment_size=n, **options)
 
     def _slots_of_rest(self, kept_BJXE: Tensor, slots_BGPJE: Tensor | None, step: Step) -> Tensor | None:
         """Slots [B, N', P, J, E] of the last N' segments of the rest (see `hici.attention`)."""
@@ -259,7 +270,7 @@ class HiCILayer(CacheLayerMixin):
             assert slots_BGPJE is not None
             return slots_BGPJE[:, :segments].to(kept_BJXE.dtype)
         slots = []
-        if step.have_slots[0]:
+        if step.has_slots:
             slots.append(kept_BJXE[:, :, : self.num_slots].transpose(1, 2)[:, None])
         if segments > 1:
             assert slots_BGPJE is not None
@@ -269,16 +280,26 @@ class HiCILayer(CacheLayerMixin):
     def _keep(self, kept_BJXE: Tensor, new_BTJE: Tensor, slots_BGPJE: Tensor | None, step: Step) -> None:
         """Write what the unfinished segment needs: its tokens, and the slots of the last finished one."""
         tail_BJnE, begin = step.tail.take(new_BTJE).transpose(1, 2), self.num_slots
-        if step.uniform:
+        if step.rows is None:
             kept_BJXE[:, :, begin : begin + step.tail.length] = tail_BJnE
         elif step.tail.length:
-            place_n = _range(step.tail.length, kept_BJXE) + begin
-            own = place_n < _column(step.tail.counts, kept_BJXE)[:, 0] + begin
-            _scatter(kept_BJXE, torch.where(own, place_n, kept_BJXE.shape[2] - 1), tail_BJnE)
+            column_n = _range(step.tail.length, kept_BJXE)
+            own_Bn = column_n < step.rows_on(kept_BJXE.device).tail[:, None]
+            _scatter(kept_BJXE, torch.where(own_Bn, column_n + begin, kept_BJXE.shape[2] - 1), tail_BJnE)
         if slots_BGPJE is not None:
             old_BPJE = kept_BJXE[:, :, :begin].transpose(1, 2)
             last_BPJE = _of_last_finished(slots_BGPJE.to(kept_BJXE.dtype), old_BPJE, step)
             kept_BJXE[:, :, :begin] = last_BPJE.transpose(1, 2)
+
+    def abandon(self) -> None:
+        """The call is refused, and nothing has changed here."""
+        self._call = None
+
+    def copy(self) -> HiCILayer:
+        """One that shares nothing that is written to; interrupted where this one is."""
+        copied = HiCILayer(self.num_slots)
+        copied.state, copied._call = self.state.map(torch.clone), self._call
+        return copied
 
     # ---- what transformers asks of a layer
 
@@ -326,28 +347,25 @@ def _grown(kept_BJXE: Tensor | None, new_BTJE: Tensor, needed: int, largest: int
 
 def _of_last_finished(x_BG: Tensor, old_B: Tensor, step: Step) -> Tensor:
     """Of x [B, G, ...] each row's value at the last segment that it finished in the call; `old` [B, ...] if none."""
-    if step.uniform:
-        return x_BG[:, -1]
-    last_B = torch.tensor([max(count - 1, 0) for count in step.finished], device=x_BG.device)
-    picked_B = x_BG[torch.arange(len(last_B), device=x_BG.device), last_B]
-    return _where([count > 0 for count in step.finished], picked_B, old_B)
+    if step.rows is None:
+        return x_BG[:, -1].clone()  # a view would keep all G of them
+    finished_B = step.rows_on(x_BG.device).finished
+    picked_B = x_BG[_range(len(finished_B), x_BG), (finished_B - 1).clamp(min=0)]
+    return torch.where(_like(finished_B > 0, old_B), picked_B, old_B)
 
 
-def _where(condition: Any, a_B: Tensor, b_B: Tensor) -> Tensor:
-    """torch.where with a host condition for each row."""
-    if all(condition):
-        return a_B
-    condition_B = torch.tensor(condition, device=a_B.device)
-    return torch.where(condition_B.reshape(-1, *[1] * (a_B.dim() - 1)), a_B, b_B)
+def _where_closed(a_B: Tensor, b_B: Tensor, step: Step) -> Tensor:
+    """`a` for rows whose unfinished segment ends in the call."""
+    return a_B if step.rows is None else torch.where(_like(step.rows_on(a_B.device).closes, a_B), a_B, b_B)
+
+
+def _like(row_B: Tensor, x_B: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], to go with x."""
+    return row_B.reshape(-1, *[1] * (x_B.dim() - 1))
 
 
 def _range(length: int, like: Tensor) -> Tensor:
     return torch.arange(length, device=like.device)
-
-
-def _column(values: Any, like: Tensor) -> Tensor:
-    """Host values of the rows as [B, 1, 1]."""
-    return torch.tensor(values, device=like.device)[:, None, None]
 
 
 def _scatter(kept_BJXE: Tensor, place_Bn: Tensor, new_BJnE: Tensor) -> None:

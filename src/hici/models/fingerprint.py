@@ -78,14 +78,16 @@ def changed_tensors(before: dict[str, Checksum], now: dict[str, Checksum]) -> li
 
 
 @torch.no_grad()
-def model_fingerprint(model: Any) -> str:
-    """SHA-256 of all that a model's keys and values depend on: a sample of every tensor (HiCI and LoRA too), and rope.
+def model_fingerprint(model: Any, *, hici_modules: bool = True) -> str:
+    """SHA-256 of all that a model's keys and values depend on: a sample of every tensor (LoRA too), and rope.
 
     The same weights in float32 and in bfloat16 agree, as in `base_fingerprint`.
     """
     rope = getattr(model.config, "rope_parameters", None)
     whole = hashlib.sha256(f"{model.config.model_type} {sorted((rope or {}).items())}".encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if is_hici_name(name) and not hici_modules:
+            continue
         if tensor.device.type == "meta":
             raise ValueError(f"{name} has no data here (offloaded), so the model cannot be told from another; load it "
                              "whole")  # fmt: skip

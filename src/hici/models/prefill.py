@@ -14,6 +14,7 @@ from hici.models.cache import HiCICache
 from hici.models.lookup import FULL, attention_mode, get_decoder
 
 PIECE = 2048  # tokens of a piece in full attention
+SMALL_PIECE = 512  # shorter segments are read several at a time
 
 Progress = Callable[[int, int], None]
 
@@ -30,8 +31,8 @@ def prefill(
 ) -> Cache:
     """Read tokens into a cache piece by piece, so that a long text does not need all of its activations.
 
-    In mode "hici" the cache is a HiCICache, and by default a piece is what a segment still needs: the cheapest, and as
-    fast as all at once. In full attention the model's own cache is filled.
+    In mode "hici" the cache is a HiCICache, and by default a piece ends at a segment's border: as fast as all at once.
+    In full attention the model's own cache is filled.
 
     Args:
         input_ids: [B, T], the tokens that are not in the cache yet.
@@ -44,8 +45,8 @@ def prefill(
         The cache. To go on: `model.generate` with all tokens so far, or with the new ones and a mask that covers all.
 
     Raises:
-        ValueError: no tokens; piece_size below 1; in mode "hici" anything that a HiCICache refuses, or another cache;
-            mode "hici_s2".
+        ValueError: no tokens; piece_size below 1; a mask of another length; in mode "hici" anything that a HiCICache
+            refuses, or another cache; mode "hici_s2". What can be known is checked before anything is read.
     """
     length = input_ids.shape[1]
     if length == 0:
@@ -54,6 +55,13 @@ def prefill(
         raise ValueError(f"piece_size={piece_size} is below 1; give at least 1 token, or None")
     cache = _cache_for(model, cache)
     decoder, begun = get_decoder(model), cache.get_seq_length()
+    if attention_mask is not None and attention_mask.shape[1] != begun + length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but there are {begun + length} with those in the "
+            "cache; give one entry for each"
+        )
+    if isinstance(cache, HiCICache):
+        cache.check(decoder, input_ids, attention_mask)
     done = 0
     while done < length:
         piece = input_ids[:, done : done + (piece_size or _next_piece(cache))]
@@ -80,7 +88,13 @@ def _cache_for(model: Any, cache: Cache | None) -> Cache:
 
 
 def _next_piece(cache: Cache) -> int:
-    """Tokens up to the next border of a segment (of the row that is farthest in its own)."""
+    """Tokens up to a border of segments, of one segment or (short ones) several.
+
+    Rows that stand at different places have their borders at different places, so none is better than another.
+    """
     if not isinstance(cache, HiCICache):
         return PIECE
-    return cache.segment_size - max((tokens % cache.segment_size for tokens in cache.tokens), default=0)
+    size = cache.segment_size
+    several = size * max(1, -(-SMALL_PIECE // size))
+    phases = {tokens % size for tokens in cache.tokens}
+    return several - (phases.pop() if len(phases) == 1 else 0)

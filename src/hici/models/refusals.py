@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers.cache_utils import Cache, EncoderDecoderCache, QuantizedCache
 
 from hici.models.cache import HiCICache
 from hici.models.cache_layer import USE_DYNAMIC
@@ -45,7 +45,7 @@ def check_cache(mode: str, cache: Any) -> None:
     """A cache of keys that grows with the tokens, or a HiCICache in mode "hici"; None."""
     if cache is None:
         return
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}, which attention mode {mode!r} does not know; pass "
             f"{USE_DYNAMIC} or nothing"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
@@ -12,15 +15,22 @@ from transformers import DynamicCache
 from hici.models.cache import HiCICache, Snapshot
 from hici.models.lookup import FULL, HICI, attention_mode, get_causal_lm, hici_config
 from hici.models.prefill import Progress, prefill
-from hici.rope import check_context
+
+
+class _Place(NamedTuple):
+    """Somewhere to go back to: its tokens, and the cache as it was."""
+
+    ids: list[int]
+    cache: Snapshot | DynamicCache
+    passing: bool
 
 
 class Session:
     """What one model has read, in the attention mode that it is in, and the cache that holds it.
 
-    In full attention everything can be kept and taken back token by token. In mode "hici" with a HiCICache a place
-    that was `kept`, or the present one, can be gone on from. With decode over raw keys nothing is kept, since a prompt
-    must be read in one prefill.
+    With a HiCICache, or where layers have a sliding window, what follows can go on from the present place or from one
+    that was kept (`keep`). In full attention everything can be taken back token by token. With decode over raw keys
+    nothing is held, since a prompt must be read in one prefill.
 
     Args:
         model: also below PEFT.
@@ -33,24 +43,38 @@ class Session:
         self.allow_beyond_rope = allow_beyond_rope
         self.progress = progress
         self.cache: HiCICache | DynamicCache | None = None
-        mode = attention_mode(model)
-        if mode == FULL:
+        if attention_mode(model) == FULL:
             self.cache = DynamicCache(config=self.model.config)
-        elif mode == HICI and hici_config(model).bounded_decode:
+        elif attention_mode(model) == HICI and hici_config(model).bounded_decode:
             self.cache = HiCICache(model, allow_beyond_rope=allow_beyond_rope)
         self._ids: list[int] = []  # of all tokens in the cache
-        self._kept: list[tuple[int, Snapshot]] = []
+        self._places: list[_Place] = []
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values (and, in bounded memory, the rest) in the cache; 0 without one."""
+        return _bytes(self.cache)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the places to go back to, each of which is a copy of the cache as it was."""
+        return sum(_bytes(place.cache) for place in self._places)
 
     def check_length(self, tokens: int) -> None:
         """Raise ValueError when the model's rope does not represent that many (and that is not allowed)."""
-        if not self.allow_beyond_rope:
-            check_context(self.model.config, tokens)
+        positions = self.model.config.max_position_embeddings
+        if tokens > positions and not self.allow_beyond_rope:
+            raise ValueError(
+                f"{tokens} tokens are more than the {positions} positions of the model's rope settings (those asked "
+                f"for are counted); give or ask for fewer, extend it first (hici.extend_rope(model, {tokens})), or "
+                "permit it (allow_beyond_rope=True, --allow-beyond-rope)"
+            )
 
     def read(self, ids: list[int]) -> int:
         """Make the cache hold exactly these tokens, reading as few as possible; returns how many were read.
 
         Raises:
-            ValueError: nothing is kept in this mode; more tokens than the rope represents.
+            ValueError: nothing is held in this mode; more tokens than the rope represents.
         """
         if self.cache is None:
             raise ValueError(
@@ -58,51 +82,80 @@ class Session:
                 "attention hici with visibility 'past', a segment_size and decode 'auto'"
             )
         self.check_length(len(ids))
-        self._go_back(_common(self._ids, ids))
+        self._go_back(ids)
         new = ids[len(self._ids) :]
         if new:
-            with torch.inference_mode():
+            with self.recovering(), torch.inference_mode():
                 prefill(self.model, self._tensor(new), self.cache, progress=self.progress)
         self._ids = list(ids)
         return len(new)
 
-    def keep(self) -> None:
-        """Remember this place: it can be gone back to, whatever is read after it."""
-        if isinstance(self.cache, HiCICache):
-            self._kept = [(length, kept) for length, kept in self._kept if length < len(self._ids)]
-            self._kept.append((len(self._ids), self.cache.snapshot()))
+    def keep(self, *, passing: bool = False) -> None:
+        """Remember this place: it can be gone back to, whatever is read after it.
 
-    def forget(self, length: int) -> None:
-        """Drop the places behind the first `length` tokens, but not those up to there."""
-        self._kept = [(at, kept) for at, kept in self._kept if at <= length]
+        `passing`: until the next passing one. A place costs as much memory as the cache (in full attention without
+        sliding windows nothing: the cache itself can be shortened).
+        """
+        if self.cache is None or self._can_shorten:
+            return
+        copied = self.cache.snapshot() if isinstance(self.cache, HiCICache) else copy.deepcopy(self.cache)
+        others = [x for x in self._places if x.ids != self._ids and not (passing and x.passing)]
+        self._places = [*others, _Place(list(self._ids), copied, passing)]
 
-    def recover(self) -> None:
-        """After a call that was interrupted: back to the last place that was kept, or to the beginning."""
-        self._go_back(self._kept[-1][0] if self._kept else 0, whole=False)
+    @contextlib.contextmanager
+    def recovering(self) -> Iterator[None]:
+        """When the work inside fails or is interrupted, the session goes back to where its cache is whole."""
+        try:
+            yield
+        except BaseException:
+            if self._can_shorten:
+                self._shorten(len(self._ids))  # nobody has taken these away
+            else:
+                self._restore(self._best_place(self._ids))
+            raise
 
     def after_generation(self, ids: list[int]) -> None:
         """The cache has read on by itself: `ids` are all tokens, of which it may hold fewer."""
         if self.cache is not None:
             self._ids = ids[: self.cache.get_seq_length()]
 
-    def _go_back(self, length: int, *, whole: bool = True) -> None:
-        """To at most `length` tokens."""
-        if whole and length == len(self._ids):
+    @property
+    def _can_shorten(self) -> bool:
+        return isinstance(self.cache, DynamicCache) and not any(self.cache.is_sliding)
+
+    def _go_back(self, ids: list[int]) -> None:
+        """To where nothing was read but a beginning of `ids`."""
+        common = common_length(self._ids, ids)
+        if common == len(self._ids):
             return
-        cache = self.cache
-        if isinstance(cache, HiCICache):
-            self._kept = [(at, kept) for at, kept in self._kept if at <= length]
-            if self._kept:
-                length, snapshot = self._kept[-1]
-                cache.restore(snapshot)
-            else:
-                length = 0
-                cache.reset()
-        elif whole and cache is not None and getattr(cache, "is_croppable", False):
-            cache.crop(length - len(self._ids))
+        if self._can_shorten:
+            self._shorten(common)
         else:
-            length = 0
-            self.cache = None if cache is None else DynamicCache(config=self.model.config)
+            self._restore(self._best_place(ids))
+
+    def _best_place(self, ids: list[int]) -> _Place | None:
+        """The longest of those that hold a beginning of `ids`; None: there is none."""
+        fitting = [place for place in self._places if place.ids == ids[: len(place.ids)]]
+        return max(fitting, key=lambda place: len(place.ids), default=None)
+
+    def _restore(self, place: _Place | None) -> None:
+        if isinstance(self.cache, HiCICache):
+            if place is None:
+                self.cache.reset()
+            else:
+                assert isinstance(place.cache, Snapshot)
+                self.cache.restore(place.cache)
+        elif self.cache is not None:
+            copied = None if place is None else copy.deepcopy(place.cache)
+            assert copied is None or isinstance(copied, DynamicCache)
+            self.cache = DynamicCache(config=self.model.config) if copied is None else copied
+        self._ids = [] if place is None else list(place.ids)
+
+    def _shorten(self, length: int) -> None:
+        """Layer by layer: after an interrupt they hold different numbers of tokens."""
+        assert isinstance(self.cache, DynamicCache)
+        for layer in self.cache.layers:
+            layer.crop(min(length - layer.get_seq_length(), 0))
         self._ids = self._ids[:length]
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
@@ -116,7 +169,7 @@ class Session:
         Raises:
             ValueError: the cache is none of bounded memory; see `HiCICache.save`.
         """
-        self._bounded("saving").save(path, about={"ids_sha256": _hash(self._ids), "ids": len(self._ids)})
+        self.check_bounded("saving").save(path, about={"ids_sha256": _hash(self._ids), "ids": len(self._ids)})
 
     def load(self, path: str | Path, ids: list[int]) -> None:
         """Take the cache from a file in which these tokens, and no others, were read.
@@ -126,28 +179,36 @@ class Session:
         """
         from hici.models.cache_file import read_about
 
-        self._bounded("loading")
+        self.check_bounded("loading")
         about = read_about(path)
         if about.get("ids_sha256") != _hash(ids):
             raise ValueError(
-                f"{path} holds {about.get('ids', 'other')} tokens of another text (or another tokenizer or template); "
-                "give the text that it was made from, or another file name"
+                f"{path} holds {about.get('ids', 'other')} tokens of another text, or of this one with another "
+                "tokenizer or chat template (some put the date in front); give the text that it was made from, or "
+                "another file"
             )
         self.cache = HiCICache.load(path, self.model, allow_beyond_rope=self.allow_beyond_rope)
-        self._ids, self._kept = list(ids), []
+        self._ids, self._places = list(ids), []
 
-    def _bounded(self, what: str) -> HiCICache:
+    def check_bounded(self, what: str) -> HiCICache:
+        """The HiCICache; ValueError when what was read is kept in another way, or not at all."""
         if not isinstance(self.cache, HiCICache):
             raise ValueError(
-                f"{what} what was read needs attention hici with visibility 'past', a segment_size and decode 'auto' "
-                "(the cache is small there); use that, or read again"
+                f"{what}: what was read is kept in a file only where the cache is small; use attention hici with "
+                "visibility 'past', a segment_size and decode 'auto', or read again"
             )
         return self.cache
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def common_length(a: list[int], b: list[int]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _bytes(cache: HiCICache | DynamicCache | Snapshot | None) -> int:
+    if cache is None or isinstance(cache, HiCICache | Snapshot):
+        return 0 if cache is None else cache.nbytes
+    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)
 
 
 def _hash(ids: list[int]) -> str:

@@ -23,6 +23,10 @@ dimension, V vocabulary, h and M heads and slots of local construction, b bytes 
       KV cache    2 B T L J E b                        attention full, or hici with raw keys; in a layer with a
                                                        sliding window at most its tokens
       prefill     B T (4 D + b (2 D + max(6 H E, 3 I)))   2 I without a gate
+    bounded     = weights + HiCICache + one layer's prefill of a segment (S tokens instead of T)
+      HiCICache   B L (2 J E b (P + min(S, T))         slots in use and the unfinished segment at its longest
+                       + 4 M (2 h + C)                 local construction: C its width; both only with slots
+                       + 4 (1 + 4 D))                  statistics; once a segment is finished
 
 Not in it: what the allocator and the libraries keep for themselves, the data, other processes. An estimate: the
 layer's term is tested against the tensors that autograd really saves.
@@ -48,6 +52,8 @@ class Shape:
         head_trains: the output layer is among them (tied to trained embeddings).
         gated_mlp: the MLP has a gate beside its first projection.
         window, window_layers: tokens of the sliding window, and how many layers have it.
+        local_context: numbers of a segment's running local construction, without its scores.
+        slots: slots in use in front of a segment.
     """
 
     layers: int
@@ -65,6 +71,8 @@ class Shape:
     gated_mlp: bool = True
     window: int = 0
     window_layers: int = 0
+    local_context: int = 0  # M C
+    slots: int = 0  # P
 
 
 def layer_bytes_per_token(shape: Shape, number_bytes: int) -> int:
@@ -100,4 +108,21 @@ def generation_memory(shape: Shape, tokens: int, *, batch: int = 1, number_bytes
         "weights": number_bytes * shape.parameters,
         "KV cache": 2 * batch * cached * shape.kv_heads * shape.head_dim * number_bytes,
         "one layer": rows * (4 * shape.width + number_bytes * (2 * shape.width + widest)),
+    }
+
+
+def bounded_memory(
+    shape: Shape, tokens: int, segment_size: int, *, batch: int = 1, number_bytes: int = 2
+) -> dict[str, int]:
+    """Bytes by part when `tokens` tokens are read and written with a HiCICache, segment by segment."""
+    piece = min(segment_size, tokens)
+    generation = generation_memory(shape, piece, batch=batch, number_bytes=number_bytes)
+    layer = 2 * shape.kv_heads * shape.head_dim * number_bytes * (shape.slots + piece)
+    if shape.slots:
+        layer += 4 * (2 * shape.local_scores + shape.local_context)
+        layer += 4 * (1 + 4 * shape.width) if tokens >= segment_size else 0
+    return {
+        "weights": generation["weights"],
+        "HiCICache": batch * shape.layers * layer,
+        "one layer": generation["one layer"],
     }

@@ -13,7 +13,7 @@ from hici.core.segments import count_segments
 from hici.models.architectures import get_architecture
 from hici.models.attach import attach, hici_state_dict
 from hici.models.load import meta_model
-from hici.report.memory import BYTES, Shape, generation_memory, training_memory
+from hici.report.memory import BYTES, Shape, bounded_memory, generation_memory, training_memory
 from hici.rope import extended_rope, far_rope
 
 VISIBILITY = {
@@ -54,6 +54,7 @@ class Summary:
     batch: int
     training: dict[str, int]
     generation: dict[str, int]
+    bounded: dict[str, int] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -111,6 +112,9 @@ def summarise(
         batch=batch,
         training=training_memory(shape, context, batch=batch, number_bytes=BYTES[dtype]),
         generation=generation_memory(shape, context, batch=batch, number_bytes=BYTES[dtype]),
+        bounded=bounded_memory(shape, context, config.segment_size, batch=batch, number_bytes=BYTES[dtype])
+        if config.bounded_decode and config.segment_size is not None
+        else None,
     )
 
 
@@ -142,6 +146,8 @@ def _shape(model_config: Any, config: HiCIConfig, total: int, *, held: int, trai
         head_dim=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
         vocabulary=model_config.vocab_size,
         local_scores=config.num_heads * config.num_local_slots,
+        local_context=config.num_local_slots * (config.bottleneck_dim or model_config.hidden_size),
+        slots=config.slots_in_use,
         parameters=total,
         held_in_training=held,
         trained=trained,

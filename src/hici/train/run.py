@@ -83,7 +83,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         "steps": steps,
         "heldout_loss": {"before": before, "after": after, "unit": "nats a token"},
         "seconds": seconds,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak_memory(trainer.args.device),
         "made_with": provenance(),
     }
     write_json(output / "train.json", result)
