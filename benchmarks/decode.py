@@ -155,11 +155,10 @@ def make_fill(model: Any, size: int) -> Callable[[str, int], Any]:
 
     def fill_hici(tokens: int) -> Any:
         cache = copy.deepcopy(read)
-        for layer in cache.layers:
+        for layer, whole in zip(cache.layers, read.layers, strict=True):
             state = layer.state
             state.before, state.columns = [tokens], tokens
-            state.keys.normal_()
-            state.values.normal_()
+            state.keys, state.values = torch.randn_like(whole.state.keys), torch.randn_like(whole.state.values)
             state.statistics.segments_1.fill_(tokens // size)
         return cache
 
