@@ -139,6 +139,28 @@ def rope_kinds(rope_parameters: dict[str, Any]) -> list[tuple[str, dict[str, Any
     return [(rope.get("rope_type", "default"), rope) for rope in ropes if isinstance(rope, dict)]
 
 
+def changing_rope(model_config: Any) -> tuple[str, int] | None:
+    """(rope_type, length) of a rope that is another one beyond that length of the text; None: it stays as it is.
+
+    transformers chooses it by the farthest position of a call, so keys of earlier calls would have the other one.
+    """
+    for kind, rope in rope_kinds(model_config.rope_parameters):
+        if kind == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
+            return kind, int(rope["original_max_position_embeddings"])
+        if kind == "dynamic":
+            return kind, int(model_config.max_position_embeddings)
+    return None
+
+
+def changes_between(model_config: Any, before: int, total: int) -> bool:
+    """Whether `total` tokens in one text have another rope than its first `before` had."""
+    changing = changing_rope(model_config)
+    if changing is None or before == 0:
+        return False
+    kind, border = changing
+    return (total > border and before < total) if kind == "dynamic" else (before > border) != (total > border)
+
+
 def check_rope_parameters(rope_parameters: dict[str, Any]) -> list[str]:
     """Names of what rope parameters lack to be whole: rope_type and rope_theta, of every type of layer."""
     if not _nested(rope_parameters):

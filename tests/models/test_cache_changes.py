@@ -4,13 +4,15 @@ import copy
 import pickle
 import re
 
+import peft
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import hici
-from helpers import cut, difference, logits, random_ids, randomise, read, small_config, strong_model, tiny_model
+from helpers import cut, difference, logits, padded, random_ids, randomise, read, small_config, strong_model, tiny_model
 from hici import HiCICache
+from hici.models.session import Session
 
 IDS = random_ids(2, 40)
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -78,6 +80,57 @@ def test_generate_without_use_cache(model, filled):
         model.generate(IDS, use_cache=None, **GREEDY)
 
 
+@pytest.mark.parametrize(
+    "lora", [{"target_modules": ["gate_proj"]}, {"target_modules": ["q_proj"], "layers_to_transform": [1]}], ids=str
+)
+def test_adapters_anywhere(model, lora, tmp_path):
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **lora)).requires_grad_(False)
+    cache = HiCICache(wrapped)
+    read(wrapped, cache, IDS, [(0, 21)])
+    cache.save(tmp_path / "cache")
+    with wrapped.disable_adapter():
+        refuse(wrapped, cache, r"the model has changed \(its active adapters\)")
+        with pytest.raises(ValueError, match="was made with another model"):
+            HiCICache.load(tmp_path / "cache", wrapped)
+    scaled = next(module for module in wrapped.modules() if hasattr(module, "set_scale"))
+    scaled.set_scale("default", 3.0)
+    refuse(wrapped, cache, r"the model has changed \(its active adapters\)")
+
+
+def test_an_empty_cache_takes_the_model_as_it_is(model):
+    cache = HiCICache(model)
+    hici.extend_rope(model, 256)
+    read(model, cache, IDS, [(0, 21)])
+    cache.reset()
+    hici.extend_rope(model, 512)
+    assert difference(read(model, cache, IDS, cut(40, [21])), logits(model, IDS)) < 1e-5
+
+
+def test_other_modules_of_a_copy(model, filled):
+    twin = copy.deepcopy(model)
+    read(twin, filled, IDS, [(21, 24)])
+    hici.detach(twin)
+    hici.attach(twin, small_config(visibility="past"))
+    randomise(twin, 7)
+    refuse(twin, filled, r"the model has changed \(its HiCI modules\)")
+
+
+@pytest.mark.parametrize("place", ["layers.1.mlp", "norm"])
+def test_a_call_that_failed_behind_the_last_attention(model, filled, place):
+    def failing(*_):
+        raise MemoryError
+
+    hook = model.model.get_submodule(place).register_forward_pre_hook(failing)
+    with pytest.raises(MemoryError):
+        read(model, filled, IDS, [(21, 40)])
+    hook.remove()
+    refuse(model, filled, "stopped in its middle")
+    with pytest.raises(ValueError, match="stopped in its middle"):
+        filled.snapshot()
+    filled.reset()
+    assert difference(read(model, filled, IDS, [(0, 40)]), logits(model, IDS)) < 1e-5
+
+
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
             "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}  # fmt: skip
 
@@ -97,6 +150,40 @@ def test_a_rope_that_changes_with_length_is_read_on_one_side_of_its_border():
     short = read(model, cache, IDS, [(30, 32)])
     assert difference(short, logits(model, IDS[:, :32])[:, 30:]) < 1e-5
     assert difference(read(model, HiCICache(model), IDS, [(0, 36), (36, 40)]), expected) < 1e-5
+
+
+def _longrope():
+    return _with_rope("phi3", LONGROPE, original_max_position_embeddings=32)
+
+
+def test_a_long_text_with_such_a_rope_is_read_in_one_piece(monkeypatch):
+    monkeypatch.setattr("hici.models.prefill.SMALL_PIECE", 1)
+    monkeypatch.setattr("hici.models.prefill.PIECE", 8)
+    model = _longrope()
+    for mode in ("hici", "sdpa"):
+        model.set_attn_implementation(mode)
+        session = Session(model)
+        ids = IDS[0].tolist()
+        assert session.read(ids[:20]) == 20
+        assert session.read(ids[:36]) == 36  # all of it again
+        assert session.read(ids[:39]) == 3
+        with torch.no_grad():
+            out = model(IDS[:1, 39:], past_key_values=session.cache).logits
+        assert difference(out, logits(model, IDS[:1])[:, 39:]) < 1e-5
+        with pytest.raises(ValueError, match="20 .*be read|another rope"):
+            hici.prefill(model, IDS[:, 20:], hici.prefill(model, IDS[:, :20]))
+
+
+def test_the_longest_row_chooses_the_rope_of_a_batch():
+    model = _longrope()
+    ids, mask = padded([IDS[0], IDS[1, :30]], "left")
+    cache = HiCICache(model)
+    out = read(model, cache, ids, [(0, 38), (38, 40)], mask)
+    assert difference(out, logits(model, ids, mask)) < 1e-5 or mask[1, 0] == 0
+    assert difference(out[0], logits(model, ids, mask)[0]) < 1e-5
+    cache.batch_select_indices(torch.tensor([1]))
+    with pytest.raises(ValueError, match="31 tokens with a longrope rope, which is another one beyond 32 tokens"):
+        read(model, cache, IDS[:1], [(0, 1)])
 
 
 def test_equal_factors_change_nothing():
@@ -165,6 +252,18 @@ def test_a_window_refuses_before_anything_changes():
         with pytest.raises(ValueError, match="segments of 8 tokens are longer than the model's sliding window of 6"):
             read(model, cache, IDS, [(0, 21)])
     assert difference(read(model, cache, IDS, cut(6, [2])), logits(model, IDS[:, :6])) < 1e-5
+
+
+def test_a_window_of_a_later_layer_refuses_before_anything_changes():
+    model = strong_model("gemma3", visibility="past", options={"sliding_window": 10,
+                         "layer_types": ["full_attention", "sliding_attention"]})  # fmt: skip
+    hici.reconfigure(model, segment_size=16)
+    cache = HiCICache(model)
+    read(model, cache, IDS, [(0, 8)])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="longer than the model's sliding window of 10"):
+            read(model, cache, IDS, [(8, 21)])
+    assert cache.tokens == [8, 8]
 
 
 def test_pickles_are_refused(filled):

@@ -154,6 +154,18 @@ def test_only_the_last_passing_place_is_kept(bounded):
     assert session.read(ids[:35]) == 5  # a place is there still, whatever was read in between
 
 
+def test_a_place_that_is_kept_stays_kept(bounded):
+    session = Session(bounded)
+    ids = random_ids(1, 40)[0].tolist()
+    session.read(ids[:20])
+    session.keep()
+    session.keep(passing=True)
+    session.read(ids[:30])
+    session.keep(passing=True)
+    session.read(ids[:35])
+    assert session.read([*ids[:20], 4]) == 1
+
+
 @pytest.mark.parametrize("mode", ["sdpa", "hici"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_call_is_recovered_from(bounded, mode, error):

@@ -99,6 +99,11 @@ def questions() -> Iterator[str]:
             line = check_text(_line(), "standard input").strip()
         except EOFError:
             return
+        except ValueError as error:  # of UTF-8
+            if not terminal_input():
+                raise ValueError("standard input is not UTF-8 text; convert it, for example with iconv") from error
+            say(f"error: {error}")
+            continue
         except KeyboardInterrupt:
             if not terminal_input():
                 raise

@@ -16,7 +16,7 @@ from hici.core.global_integration import GlobalIntegrator
 from hici.core.local_construction import LocalConstructor
 from hici.models.architectures import get_architecture
 from hici.models.architectures.base import HICI_MODULES, Architecture, is_hici_name
-from hici.models.bridge import attention_pre_hook, decoder_pre_hook
+from hici.models.bridge import attention_pre_hook, decoder_post_hook, decoder_pre_hook
 from hici.models.fingerprint import Checksum, base_checksums, base_fingerprint
 from hici.models.generation_cache import PREPARE, CacheChoice
 from hici.models.lookup import (
@@ -99,6 +99,7 @@ def attach(model: Any, config: HiCIConfig | None = None) -> Any:
     for attention, modules in zip(attentions, made, strict=True):
         _put_on(attention, modules, architecture, config, backend)
     decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True)
+    decoder.register_forward_hook(decoder_post_hook, with_kwargs=True)
     decoder.hici_attached = attached
     if hasattr(model, PREPARE):  # what cannot generate needs no cache
         setattr(model, PREPARE, CacheChoice(model))
@@ -128,6 +129,7 @@ def detach(model: Any) -> Any:
             delattr(attention, name)
         _remove_pre_hook(attention, attention_pre_hook)
     _remove_pre_hook(decoder, decoder_pre_hook)
+    _remove_hook(decoder, decoder_post_hook)
     del decoder.hici_attached
     vars(model).pop(PREPARE, None)
     for each in _configs(model):
@@ -299,3 +301,10 @@ def _remove_pre_hook(module: nn.Module, hook: Any) -> None:
         if registered is hook:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _remove_hook(module: nn.Module, hook: Any) -> None:
+    for key, registered in list(module._forward_hooks.items()):
+        if registered is hook:
+            del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)

@@ -24,9 +24,10 @@ from hici.core.segments import put_tokens, real_first, real_positions, take_toke
 from hici.models.architectures.base import Architecture
 from hici.models.cache import HiCICache
 from hici.models.cache_layer import HiCILayer
+from hici.models.cache_reader import check_window
 from hici.models.generation_cache import cache_of_call
 from hici.models.lookup import HICI, MODES, S2
-from hici.models.refusals import check_cache, check_call, check_mask, check_mask_length, check_window, refuse_packed
+from hici.models.refusals import check_cache, check_call, check_mask, check_mask_length, refuse_packed
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def attention_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         assert cache.step is not None  # the decoder's hook
         layer = cache.layers[module.layer_idx]
         layer.construct(module, hidden_BTD, cache.step)
-        return args, {**kwargs, "hici": Prefix(segment_size=cache.step.longest, layer=layer)}
+        return args, {**kwargs, "hici": Prefix(segment_size=cache.step.segment_size, layer=layer)}
     if cache is not None and cache.get_seq_length(module.layer_idx) > 0:
         return args, {**kwargs, "hici": Prefix(segment_size=0, raw=True)}
     length = hidden_BTD.shape[1]
@@ -149,11 +150,6 @@ def hici_attention(
         out = raw.attend(q, k, v, _optional_mask(attention_mask), scale=scale, window=sliding_window, dropout=dropout)
         return out, None
     if hici.layer is not None:
-        try:
-            check_window(sliding_window, hici.segment_size)
-        except ValueError:
-            hici.layer.abandon()
-            raise
         return hici.layer.attend(module, q, k, v, scale=scale, dropout=dropout), None
     check_window(sliding_window, min(hici.segment_size, q.shape[1]))
     if hici.order is not None:
@@ -237,6 +233,13 @@ def decoder_pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if positions is None and derived is not None:
         kwargs["position_ids"] = derived
     return (), kwargs
+
+
+def decoder_post_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """On the decoder: the call has gone through all of it."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, HiCICache):
+        cache.end()
 
 
 def _tell_raw_decode(module: Any, mode: str, tokens: Tensor) -> None:

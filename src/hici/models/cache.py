@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 
 from hici.config import HiCIConfig
 from hici.models.cache_layer import NO_GRADIENTS, USE_DYNAMIC, HiCILayer, LayerState
-from hici.models.cache_reader import Reader, check_rope, fingerprint_of
+from hici.models.cache_reader import Reader, check_rope, check_window, fingerprint_of
 from hici.models.cache_step import Step, make_step
 from hici.models.lookup import attention_modules, get_decoder, hici_config, is_attached
 
@@ -36,7 +36,7 @@ class Snapshot:
 
     columns: int
     states: tuple[LayerState, ...]
-    reader: Reader
+    lineage: object
     earlier: weakref.WeakSet[Snapshot]  # those on the way to it
 
     @property
@@ -74,8 +74,11 @@ class HiCICache(Cache):
         self.config = hici_config(model)
         check_bounded(self.config)
         self.allow_beyond_rope = allow_beyond_rope
-        self.step: Step | None = None
+        self.step: Step | None = None  # of the call that goes on
+        self._begun = 0  # columns before it
+        self._same_config = self.config
         self._reader = Reader(get_decoder(model))
+        self._lineage = object()  # of this cache and its copies
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         super().__init__(layers=[HiCILayer(self.config.slots_in_use) for _ in attention_modules(model)])
 
@@ -117,15 +120,20 @@ class HiCICache(Cache):
                 in its middle.
         """
         before, new, real_BT = self.check(decoder, tokens, mask_BX)
-        length = tokens.shape[1]
+        self._check_windows(decoder, max(old + more for old, more in zip(before, new, strict=True)))
+        length, columns = tokens.shape[1], self.get_seq_length()
         self.step = make_step(before, new, length, self.segment_size, real_BT, tokens.device)
-        columns = self.get_seq_length()
+        self._begun = columns
         if real_BT is None and all(old == columns for old in before):
             return None
         first_B1 = torch.tensor(before, device=tokens.device)[:, None]
         if real_BT is None:
             return first_B1 + torch.arange(length, device=tokens.device)
         return first_B1 + (real_BT.to(tokens.device).long().cumsum(1) - 1).clamp(min=0)
+
+    def end(self) -> None:
+        """Behind a call: it has gone through the whole decoder."""
+        self.step = None
 
     def check(self, decoder: Any, tokens: Tensor, mask_BX: Tensor | None) -> tuple[list[int], list[int], Tensor | None]:
         """The refusals of `begin`. Returns real tokens of every row so far, those in the call, and which: [B, T]."""
@@ -136,6 +144,8 @@ class HiCICache(Cache):
                 "a HiCICache with gradient checkpointing in training mode, in which transformers drops caches; call "
                 "model.eval() before generating"
             )
+        if not self.tokens:
+            self._reader.renew()
         self._reader.check(decoder)
         self._check_config(hici_config(decoder))
         self._check_whole()
@@ -149,7 +159,8 @@ class HiCICache(Cache):
         new, real_BT = [length] * batch, None
         if mask_BX is not None:
             new, real_BT = self._new_mask(mask_BX, before, length)
-        check_rope(decoder.config, before, new, beyond=self.allow_beyond_rope)
+        total = max(old + more for old, more in zip(before, new, strict=True))
+        check_rope(decoder.config, self.layers[0].state.farthest, total, beyond=self.allow_beyond_rope)
         return before, new, real_BT
 
     def _new_mask(self, mask_BX: Tensor, before: list[int], length: int) -> tuple[list[int], Tensor | None]:
@@ -164,7 +175,16 @@ class HiCICache(Cache):
                 )
         return counts[1], None if min(counts[1]) == length else mask_BX[:, columns:].to(torch.bool)
 
+    def _check_windows(self, decoder: Any, farthest: int) -> None:
+        """Here, before any layer has changed; the attention function looks again in calls without a cache."""
+        for attention in attention_modules(decoder):
+            own = hasattr(attention, "sliding_window")
+            window = attention.sliding_window if own else getattr(decoder.config, "sliding_window", None)
+            check_window(window, min(self.segment_size, farthest))
+
     def _check_config(self, now: HiCIConfig) -> None:
+        if now is self._same_config:
+            return
         ours, theirs = self.config.to_dict(), now.to_dict()
         for name in ours:
             if name not in ("backend", "num_segments") and ours[name] != theirs[name]:  # segment_size says it
@@ -172,10 +192,13 @@ class HiCICache(Cache):
                     f"the HiCICache was made for {name}={ours[name]!r}, but the model now has {theirs[name]!r}; make a "
                     "new HiCICache, or reconfigure the model back"
                 )
+        self._same_config = now
 
     def _check_whole(self) -> None:
         columns = {layer.state.columns for layer in self.layers}
-        if len(columns) > 1 or any(layer.interrupted for layer in self.layers):
+        # a call that has begun and not ended may have failed before the layers (nothing has changed) or behind them
+        behind = self.step is not None and columns != {self._begun}
+        if behind or len(columns) > 1 or any(layer.interrupted for layer in self.layers):
             raise ValueError(
                 "the last call with this HiCICache stopped in its middle, so its layers hold different tokens; call "
                 "its restore(snapshot) or reset(), or make a new one"
@@ -187,7 +210,7 @@ class HiCICache(Cache):
         """The cache as it is now, to `restore` it later: questions about one document, a turn that is taken back."""
         self._check_whole()
         states = tuple(layer.state.copy(layer.num_slots, self.segment_size) for layer in self.layers)
-        snapshot = Snapshot(self.get_seq_length(), states, self._reader, weakref.WeakSet(self._snapshots))
+        snapshot = Snapshot(self.get_seq_length(), states, self._lineage, weakref.WeakSet(self._snapshots))
         self._snapshots.add(snapshot)
         return snapshot
 
@@ -198,17 +221,19 @@ class HiCICache(Cache):
             ValueError: a snapshot of another model's cache, or with other slots.
         """
         slots = [layer.num_slots for layer in self.layers]
-        if snapshot.reader is not self._reader or len(snapshot.states) != len(slots):
+        if snapshot.lineage is not self._lineage or len(snapshot.states) != len(slots):
             raise ValueError("the snapshot is of another HiCICache; restore the cache that made it")
         for layer, state in zip(self.layers, snapshot.states, strict=True):
             layer.reset()
             layer.state = state.map(torch.clone)
+        self.step = None
         # others, later or of another continuation, hold what is not read now
         self._snapshots = weakref.WeakSet([*snapshot.earlier, snapshot])
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        self.step = None
         self._snapshots = weakref.WeakSet()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -284,8 +309,9 @@ class HiCICache(Cache):
         return [(x.device, x.dtype) for x in slots]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiCICache:
-        copied = copy.copy(self)  # config, step and reader are shared: they never change
+        copied = copy.copy(self)  # config and step never change
         memo[id(self)] = copied
+        copied._reader = self._reader.copy()
         copied.layers = [layer.copy() for layer in self.layers]
         copied._snapshots = weakref.WeakSet(self._snapshots)
         return copied

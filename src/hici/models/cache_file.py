@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 _KEY = "hici_cache"
-_KEYS = ("hici", "model_fingerprint", "tokens", "columns", "layers", "about", "tensors_sha256", "made_with")
+_KEYS = ("hici", "model_fingerprint", "tokens", "columns", "farthest", "layers", "about", "tensors_sha256", "made_with")
 _GROUPS: dict[str, Any] = {"construction": RunningConstruction, "statistics": RunningStatistics}
 
 
@@ -56,6 +56,7 @@ def save(cache: HiCICache, path: str | Path, *, about: dict[str, Any] | None = N
         "model_fingerprint": cache.model_fingerprint(),
         "tokens": cache.tokens,
         "columns": cache.get_seq_length(),
+        "farthest": cache.layers[0].state.farthest,
         "layers": len(cache.layers),
         "about": about or {},
         "tensors_sha256": _hash(tensors),
@@ -167,4 +168,6 @@ def _state(path: Path, i: int, num_slots: int, named: dict[str, Tensor], values:
                 f"{path} is damaged: {name} of layer {i} is {list(tensor.shape)} for {rows} rows and {kept} kept "
                 "places; copy it again"
             )
-    return LayerState(list(values["tokens"]), values["columns"], named["keys"], named["values"], **groups)
+    return LayerState(
+        list(values["tokens"]), values["columns"], values["farthest"], named["keys"], named["values"], **groups
+    )

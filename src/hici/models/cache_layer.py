@@ -35,12 +35,14 @@ class LayerState:
     Attributes:
         before: real tokens of every row so far.
         columns: tokens with padding so far.
+        farthest: real tokens of the longest row that was read with these, which chose the rope.
         keys, values: [B, J, P + X, E]: the visible slots, then the unfinished segment's tokens (space for X of them).
         construction, statistics: see `hici.core`; None where no slots are in use.
     """
 
     before: list[int]
     columns: int = 0
+    farthest: int = 0
     keys: Tensor | None = None
     values: Tensor | None = None
     construction: RunningConstruction | None = None
@@ -51,6 +53,7 @@ class LayerState:
         return LayerState(
             list(self.before),
             self.columns,
+            self.farthest,
             None if self.keys is None else function(self.keys),
             None if self.values is None else function(self.values),
             None if self.construction is None else RunningConstruction(*map(function, self.construction)),
@@ -209,6 +212,7 @@ class HiCILayer(CacheLayerMixin):
         self.state = LayerState(
             [old + new for old, new in zip(step.before, step.new, strict=True)],
             self.state.columns + step.length,
+            max(self.state.farthest, step.farthest),
             keys,
             values,
             call.construction,

@@ -8,7 +8,7 @@ from typing import Any
 
 from hici.models.fingerprint import model_fingerprint
 from hici.models.lookup import attention_modules, hici_config
-from hici.rope import rope_kinds
+from hici.rope import changes_between, changing_rope
 
 
 class Reader:
@@ -16,31 +16,38 @@ class Reader:
 
     def __init__(self, decoder: Any) -> None:
         self._decoder = weakref.ref(decoder)
-        self._attached = weakref.ref(decoder.hici_attached)
-        self._rope = copy.deepcopy(decoder.config.rope_parameters)
-        self._adapters = _adapters(decoder)
-        self._copies: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._accepted = weakref.WeakKeyDictionary({decoder: _State(decoder)})
 
     def check(self, decoder: Any) -> None:
         """Raise ValueError unless it is this model as it was, or one with the same weights (a copy of it)."""
-        own: Any = self._decoder()
-        if own is not decoder and decoder not in self._copies:
+        state = self._accepted.get(decoder)
+        if state is None:
+            own = self._decoder()
             if own is None or fingerprint_of(own) != fingerprint_of(decoder):
                 raise ValueError(
                     "the HiCICache was made for another model; make one with HiCICache(model) for this one, and read "
                     "the tokens again"
                 )
-            self._copies.add(decoder)
-        changed = "its rope settings" if decoder.config.rope_parameters != self._rope else None
-        if own is decoder and decoder.hici_attached is not self._attached():
-            changed = "its HiCI modules"
-        if _adapters(decoder) != self._adapters:
-            changed = "its active adapters"
+            self._accepted[decoder] = _State(decoder)
+            return
+        changed = state.what_changed(decoder)
         if changed is not None:
             raise ValueError(
                 f"the model has changed ({changed}) since the HiCICache was made; make a new one, and read the tokens "
                 "again"
             )
+
+    def copy(self) -> Reader:
+        """Of the same model, as it was."""
+        copied = object.__new__(Reader)
+        copied._decoder, copied._accepted = self._decoder, weakref.WeakKeyDictionary(self._accepted)
+        return copied
+
+    def renew(self) -> None:
+        """The model as it is now is what counts: nothing depends on what it was."""
+        own = self._decoder()
+        if own is not None:
+            self._accepted = weakref.WeakKeyDictionary({own: _State(own)})
 
     def decoder(self) -> Any:
         """Raises ValueError when the model is gone."""
@@ -53,47 +60,84 @@ class Reader:
         raise ValueError("a HiCICache cannot be pickled, since it belongs to a model; use its save() and load()")
 
 
-def _adapters(decoder: Any) -> list[Any]:
-    """PEFT's state of the first layer's LoRA: which adapters are on, and which are merged."""
-    return [
-        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
-        for module in attention_modules(decoder)[0].modules()
-        if hasattr(module, "merged_adapters")
-    ]
+class _State:
+    """What of a model can change under a cache without a change of weights."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._attached = weakref.ref(decoder.hici_attached)
+        self._rope = copy.deepcopy(decoder.config.rope_parameters)
+        self._tuned = [weakref.ref(module) for module in tuned_modules(decoder)]
+        self._adapters = self._adapters_now()
+        self._projections = _projections(decoder)
+
+    def what_changed(self, decoder: Any) -> str | None:
+        """None: nothing."""
+        if decoder.config.rope_parameters != self._rope:
+            return "its rope settings"
+        if decoder.hici_attached is not self._attached():
+            return "its HiCI modules"
+        if self._adapters_now() != self._adapters or _projections(decoder) != self._projections:
+            return "its active adapters"
+        return None
+
+    def _adapters_now(self) -> list[Any]:
+        return [None if module is None else adapter_state(module) for module in (ref() for ref in self._tuned)]
+
+
+def tuned_modules(decoder: Any) -> list[Any]:
+    """The first of PEFT's tuner layers of every name: PEFT switches adapters in all layers at once."""
+    found: dict[str, Any] = {}
+    for name, module in decoder.named_modules():
+        if hasattr(module, "merged_adapters"):
+            found.setdefault(name.rpartition(".")[2], module)
+    return list(found.values())
+
+
+def adapter_state(module: Any) -> list[Any]:
+    """Which adapters are on, which are merged, and how strong they are."""
+    scaling = sorted(getattr(module, "scaling", {}).items())
+    return [list(module.active_adapters), module.disable_adapters, list(module.merged_adapters), scaling]
+
+
+def _projections(decoder: Any) -> list[type]:
+    """Types of the first layer's projections: adapters that came or went."""
+    return [type(child) for child in attention_modules(decoder)[0].children()]
 
 
 def fingerprint_of(decoder: Any) -> str:
-    """Of all weights that what a cache holds depends on: HiCI modules that nobody uses may hold anything."""
-    return model_fingerprint(decoder, hici_modules=bool(hici_config(decoder).slots_in_use))
+    """Of all that what a cache holds depends on: HiCI modules that nobody uses may hold anything."""
+    weights = model_fingerprint(decoder, hici_modules=bool(hici_config(decoder).slots_in_use))
+    adapters = [adapter_state(module) for module in tuned_modules(decoder)]
+    return weights if not adapters else f"{weights} {adapters}"
 
 
-def check_rope(model_config: Any, before: list[int], new: list[int], *, beyond: bool) -> None:
-    """Raise ValueError when a model's rope does not represent `new` more tokens behind `before`, or not in two calls.
+def check_rope(model_config: Any, before: int, total: int, *, beyond: bool) -> None:
+    """Raise ValueError when a model's rope does not represent `total` tokens, the first `before` of them read before.
 
     `beyond` permits more tokens than it represents, but no rope that changes with the length of a text: what was read
     before would have another one.
     """
     positions = model_config.max_position_embeddings
-    total = max(old + more for old, more in zip(before, new, strict=True))
     if total > positions and not beyond:
-        again = ", and read the tokens again" if any(before) else ""
+        again = ", and read the tokens again" if before else ""
         raise ValueError(
             f"{total} tokens are more than the {positions} positions of the model's rope settings; extend it first "
             f"(hici.extend_rope(model, {total})){again}, or make the cache with allow_beyond_rope=True"
         )
-    for kind, rope in rope_kinds(model_config.rope_parameters):
-        border = _border(model_config, kind, rope)
-        for old, more in zip(before, new, strict=True):
-            if border is not None and old > 0 and old + more > border and (kind == "dynamic" or old <= border):
-                raise ValueError(
-                    f"{old + more} tokens with a {kind} rope, which is another one beyond {border} tokens: the {old} "
-                    "that were read before would have to be read again; read everything in one call, or use attention "
-                    "full"
-                )
+    if changes_between(model_config, before, total):
+        changing = changing_rope(model_config)
+        assert changing is not None  # changes_between
+        raise ValueError(
+            f"{total} tokens with a {changing[0]} rope, which is another one beyond {changing[1]} tokens: the {before} "
+            "that were read before would have to be read again; read everything in one call with a new cache"
+        )
 
 
-def _border(model_config: Any, kind: str, rope: dict[str, Any]) -> int | None:
-    """The length at which a rope becomes another one; None: it stays as it is."""
-    if kind == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
-        return int(rope["original_max_position_embeddings"])
-    return int(model_config.max_position_embeddings) if kind == "dynamic" else None
+def check_window(window: int | None, segment_size: int) -> None:
+    """Inside a segment no shorter than the layer's sliding window changes nothing; a longer one would be wrong."""
+    if window is not None and segment_size > window:
+        raise ValueError(
+            f"segments of {segment_size} tokens are longer than the model's sliding window of {window}, which HiCI "
+            f"attention would not keep; give segment_size <= {window}, or config.sliding_window=None if the model "
+            "allows full attention"
+        )

@@ -110,9 +110,9 @@ class Step:
         return max(old % self.segment_size + head for old, head in zip(self.before, self.head.counts, strict=True))
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest segment so far."""
-        return min(self.segment_size, max(old + new for old, new in zip(self.before, self.new, strict=True)))
+    def farthest(self) -> int:
+        """Real tokens of the longest row after the call."""
+        return max(old + new for old, new in zip(self.before, self.new, strict=True))
 
     @property
     def full(self) -> int:

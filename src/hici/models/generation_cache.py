@@ -114,7 +114,7 @@ class CacheChoice:
         if position_ids is not None and position_ids.numel():
             asked = generation_config.max_new_tokens or 1
             # the last token is not read
-            check_rope(self.model.config, [0], [int(position_ids.max()) + asked], beyond=False)
+            check_rope(self.model.config, 0, int(position_ids.max()) + asked, beyond=False)
 
 
 def cache_of_call(decoder: Any, mode: str, use_cache: bool | None) -> HiCICache | None:

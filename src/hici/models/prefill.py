@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from hici.models.cache import HiCICache
 from hici.models.lookup import FULL, attention_mode, get_decoder
+from hici.rope import changes_between
 
 PIECE = 2048  # tokens of a piece in full attention
 SMALL_PIECE = 512  # shorter segments are read several at a time
@@ -32,7 +33,8 @@ def prefill(
     """Read tokens into a cache piece by piece, so that a long text does not need all of its activations.
 
     In mode "hici" the cache is a HiCICache, and by default a piece ends at a segment's border: as fast as all at once.
-    In full attention the model's own cache is filled.
+    In full attention the model's own cache is filled. A text whose length changes the rope (longrope, dynamic) is read
+    in one piece.
 
     Args:
         input_ids: [B, T], the tokens that are not in the cache yet.
@@ -62,6 +64,13 @@ def prefill(
         )
     if isinstance(cache, HiCICache):
         cache.check(decoder, input_ids, attention_mask)
+    elif changes_between(decoder.config, begun, begun + length):
+        raise ValueError(
+            f"{begun + length} tokens have another rope than the {begun} in the cache, which would have to be read "
+            "again; read everything in one call with a new cache"
+        )
+    if changes_between(decoder.config, 1, begun + length):  # somewhere inside: pieces would have different ropes
+        piece_size = length
     done = 0
     while done < length:
         piece = input_ids[:, done : done + (piece_size or _next_piece(cache))]

@@ -119,13 +119,3 @@ def check_mask_length(mask_BX: Tensor, tokens: Tensor, cache: Any) -> None:
             f"attention_mask covers {mask_BX.shape[1]} tokens, but there are {length} with those in the cache; give "
             "one entry for each"
         )
-
-
-def check_window(window: int | None, segment_size: int) -> None:
-    """Inside a segment no shorter than the layer's sliding window changes nothing; a longer one would be wrong."""
-    if window is not None and segment_size > window:
-        raise ValueError(
-            f"segments of {segment_size} tokens are longer than the model's sliding window of {window}, which HiCI "
-            f"attention would not keep; give segment_size <= {window}, or config.sliding_window=None if the model "
-            "allows full attention"
-        )

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from hici.models.cache import HiCICache, Snapshot
 from hici.models.lookup import FULL, HICI, attention_mode, get_causal_lm, hici_config
 from hici.models.prefill import Progress, prefill
+from hici.rope import changes_between
 
 
 class _Place(NamedTuple):
@@ -83,6 +84,9 @@ class Session:
             )
         self.check_length(len(ids))
         self._go_back(ids)
+        if changes_between(self.model.config, len(self._ids), len(ids)):  # what was read had another rope
+            self._places = []
+            self._restore(None)
         new = ids[len(self._ids) :]
         if new:
             with self.recovering(), torch.inference_mode():
@@ -98,6 +102,8 @@ class Session:
         """
         if self.cache is None or self._can_shorten:
             return
+        if any(x.ids == self._ids and (passing or not x.passing) for x in self._places):
+            return  # it is kept already, for as long
         copied = self.cache.snapshot() if isinstance(self.cache, HiCICache) else copy.deepcopy(self.cache)
         others = [x for x in self._places if x.ids != self._ids and not (passing and x.passing)]
         self._places = [*others, _Place(list(self._ids), copied, passing)]
