@@ -120,7 +120,6 @@ class HiCICache(Cache):
                 in its middle.
         """
         before, new, real_BT = self.check(decoder, tokens, mask_BX)
-        self._check_windows(decoder, max(old + more for old, more in zip(before, new, strict=True)))
         length, columns = tokens.shape[1], self.get_seq_length()
         self.step = make_step(before, new, length, self.segment_size, real_BT, tokens.device)
         self._begun = columns
@@ -161,6 +160,7 @@ class HiCICache(Cache):
             new, real_BT = self._new_mask(mask_BX, before, length)
         total = max(old + more for old, more in zip(before, new, strict=True))
         check_rope(decoder.config, self.layers[0].state.farthest, total, beyond=self.allow_beyond_rope)
+        self._check_windows(decoder, total)
         return before, new, real_BT
 
     def _new_mask(self, mask_BX: Tensor, before: list[int], length: int) -> tuple[list[int], Tensor | None]:
