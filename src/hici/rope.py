@@ -176,11 +176,16 @@ def _nested(rope_parameters: dict[str, Any]) -> bool:
     return any(isinstance(value, dict) for value in rope_parameters.values())
 
 
-def check_context(model_config: Any, length: int) -> None:
-    """Raise ValueError when `length` tokens are more positions than the model's rope represents."""
+def check_context(model_config: Any, length: int, remedy: str | None = None) -> None:
+    """Raise ValueError when `length` tokens are more positions than the model's rope represents.
+
+    `remedy`: what else than `hici.extend_rope` the caller can do; None: the flag of the verbs that extend it, or less.
+    """
     positions = model_config.max_position_embeddings
     if length > positions:
+        extend = f"extend it first (hici.extend_rope(model, {length}))"
+        if remedy is None:
+            extend, remedy = extend[:-1] + ", --rope auto on the command line)", f" or give at most {positions} tokens"
         raise ValueError(
-            f"{length} tokens are more than the {positions} positions of the model's rope settings; extend it first "
-            f"(hici.extend_rope(model, {length}), --rope auto on the command line) or give at most {positions} tokens"
+            f"{length} tokens are more than the {positions} positions of the model's rope settings; {extend}{remedy}"
         )

@@ -5,25 +5,9 @@ import copy
 import pytest
 import torch
 
+from cache_refusals import DYNAMIC, GENERATE, RAW
 from helpers import cut, difference, logits, padded, random_ids, randomise, read, strong_model, tiny_model
 from hici import HiCICache, reconfigure
-
-DYNAMIC = r"transformers\.DynamicCache\(config=model\.config\)"
-RAW = rf"pass {DYNAMIC} for the published decode over raw keys \(decode='raw' in the config, --decode raw\)"
-GENERATE = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
-
-
-@pytest.fixture(scope="module")
-def shared_model():
-    return strong_model(visibility="past")
-
-
-@pytest.fixture
-def model(shared_model):
-    yield shared_model
-    shared_model.set_attn_implementation("hici")
-    reconfigure(shared_model, visibility="past", segment_size=8, decode="auto")
-    shared_model.requires_grad_(True)
 
 
 @pytest.fixture

@@ -5,25 +5,10 @@ import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from helpers import padded, random_ids, read, strong_model, tiny_model
+from cache_refusals import GENERATE, RAW
+from helpers import padded, random_ids, read, tiny_model
 from hici import HiCICache, reconfigure
 from hici.models.generation_cache import OLD_PREFILL
-
-DYNAMIC = r"transformers\.DynamicCache\(config=model\.config\)"
-RAW = rf"pass {DYNAMIC} for the published decode over raw keys \(decode='raw' in the config, --decode raw\)"
-GENERATE = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
-
-
-@pytest.fixture(scope="module")
-def shared_model():
-    return strong_model(visibility="past")
-
-
-@pytest.fixture
-def model(shared_model):
-    yield shared_model
-    shared_model.set_attn_implementation("hici")
-    reconfigure(shared_model, visibility="past", segment_size=8, decode="auto")
 
 
 def test_several_sequences_of_one_row_that_was_read(model):

@@ -140,7 +140,7 @@ def hici_attention(
     """The function registered as "hici" and "hici_s2": ([B, T, H, E], None)."""
     mode = module.config._attn_implementation
     check_call(mode, hici, kwargs)
-    assert hici is not None  # _refuse
+    assert hici is not None  # check_call
     assert hici.raw or key_BJXE.shape[2] == query_BHTE.shape[2]  # else the pre-hook has overlooked a filled cache
     # under autocast RoPE leaves queries and keys in float32 and values in bfloat16: the one place that casts
     dtype = value_BJXE.dtype

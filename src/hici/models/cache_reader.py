@@ -8,7 +8,7 @@ from typing import Any
 
 from hici.models.fingerprint import model_fingerprint
 from hici.models.lookup import attention_modules, hici_config
-from hici.rope import changes_between, changing_rope
+from hici.rope import changes_between, changing_rope, check_context
 
 
 class Reader:
@@ -117,13 +117,9 @@ def check_rope(model_config: Any, before: int, total: int, *, beyond: bool) -> N
     `beyond` permits more tokens than it represents, but no rope that changes with the length of a text: what was read
     before would have another one.
     """
-    positions = model_config.max_position_embeddings
-    if total > positions and not beyond:
+    if not beyond:
         again = ", and read the tokens again" if before else ""
-        raise ValueError(
-            f"{total} tokens are more than the {positions} positions of the model's rope settings; extend it first "
-            f"(hici.extend_rope(model, {total})){again}, or make the cache with allow_beyond_rope=True"
-        )
+        check_context(model_config, total, f"{again}, or make the cache with allow_beyond_rope=True")
     if changes_between(model_config, before, total):
         changing = changing_rope(model_config)
         assert changing is not None  # changes_between

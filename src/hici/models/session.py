@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from hici.models.cache import HiCICache, Snapshot
 from hici.models.lookup import FULL, HICI, attention_mode, get_causal_lm, hici_config
 from hici.models.prefill import Progress, prefill
-from hici.rope import changes_between
+from hici.rope import changes_between, check_context
 
 
 class _Place(NamedTuple):
@@ -63,12 +63,11 @@ class Session:
 
     def check_length(self, tokens: int) -> None:
         """Raise ValueError when the model's rope does not represent that many (and that is not allowed)."""
-        positions = self.model.config.max_position_embeddings
-        if tokens > positions and not self.allow_beyond_rope:
-            raise ValueError(
-                f"{tokens} tokens are more than the {positions} positions of the model's rope settings (those asked "
-                f"for are counted); give or ask for fewer, extend it first (hici.extend_rope(model, {tokens})), or "
-                "permit it (allow_beyond_rope=True, --allow-beyond-rope)"
+        if not self.allow_beyond_rope:
+            check_context(
+                self.model.config,
+                tokens,
+                ", permit it (allow_beyond_rope=True, --allow-beyond-rope), or give and ask for fewer tokens",
             )
 
     def read(self, ids: list[int]) -> int:
