@@ -13,9 +13,28 @@ from typing import Any
 import yaml
 
 from hici.config import HiCIConfig
+from hici.models.lookup import FULL, HICI, S2
 from hici.registry import suggest
 
+ATTENTIONS = (HICI, S2, FULL)
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear"}  # the Trainer's names
+CHOICES = {
+    "method": ATTENTIONS,
+    "rope": ("auto", "linear", "yarn", "none"),
+    "data_format": ("text", "instruction"),
+    "packing": ("packed", "document"),
+    "overlong": ("skip", "shorten", "error"),
+    "dtype": ("bfloat16", "float32"),
+    "quantization": ("none", "8bit", "4bit"),
+    "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
+    "schedule": tuple(SCHEDULES),
+    "device": ("auto", "cuda", "cpu"),
+}
+AT_LEAST_ONE = (
+    "max_steps", "batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha", "logging_steps",
+    "keep_checkpoints", "data_workers", "max_documents", "mlp_tile",
+)  # fmt: skip
+AT_LEAST_ZERO = ("heldout_windows", "warmup_steps", "learning_rate", "hici_learning_rate", "weight_decay", "save_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +44,27 @@ class Recipe:
     Attributes:
         model: name or path of the base.
         data: text files, globs, folders, .jsonl or token .bin (see `hici.data.documents`).
-        output_dir: gets adapter/, train.json and train.png.
+        output_dir: gets adapter/, checkpoints/, metrics.jsonl, train.json and train.png.
         context_length: tokens in a sequence; rope grows by `rope` where the base represents fewer.
+        method: attention trained in: "hici", or the baselines "hici_s2" (LongLoRA's) and "full", both LoRA without HiCI
+            modules.
         hici: fields of HiCIConfig.
+        segment_counts: numbers of segments, one drawn by the seed for each optimizer step (methods "hici" and
+            "hici_s2"); None: always those of `hici`.
         rope: "auto" (linear, or the kind by which the base is scaled already), "linear", "yarn", or "none" (a longer
             context is then an error).
-        text_key: the text's key in a .jsonl line.
+        data_format: "text", or "instruction" (loss on the answers only).
+        text_key: the text's column (.jsonl, .parquet, hub data sets).
+        packing: "packed" (documents in a row, EOS between them, cut into whole sequences) or "document" (each one a
+            sequence of its own).
+        prompt: instruction data: how a sample becomes text (`hici.data.prompts`); "auto": by its columns.
+        overlong: instruction samples longer than the context: "skip" (counted and reported), "shorten" (the prompt, in
+            its middle; never the answer) or "error".
+        hub_split, hub_config: of data sets of the hub (`hub:org/name` in `data`).
+        streaming: read hub data sets without downloading them whole; needs `max_documents`.
+        max_documents: read no more documents than these of each source; None: all.
+        token_cache: where tokenised data lies; None: the user's cache directory.
+        data_workers: processes that tokenise.
         heldout_data: held-out files; None: about `heldout_fraction` of the data, whole documents.
         heldout_windows: held-out sequences measured, before and after, in "hici" and in "full" attention.
         lora_r, lora_alpha, lora_dropout, train_embeddings, train_norms: as `hici.add_lora`.
@@ -41,20 +75,39 @@ class Recipe:
         schedule: what follows: "constant" (as published), or "linear", down to 0 at the last step.
         weight_decay, adam_beta1, adam_beta2: AdamW's.
         dtype: of the frozen base. "bfloat16" trains under autocast, with trained parameters in float32.
+        quantization: of the frozen base: "none", "8bit" or "4bit" (bitsandbytes; QLoRA).
+        optimizer: "adamw", "adamw_8bit" or "paged_adamw_8bit" (bitsandbytes).
         gradient_checkpointing: recompute each layer in the backward pass.
-        logging_steps: steps between two lines of the log.
-        device: "auto" (a GPU where there is one) or "cpu".
+        offload_checkpoints: keep what is recomputed from in the CPU's memory (CUDA only).
+        mlp_tile: tokens that go through an MLP at a time; None: all at once.
+        save_steps: optimizer steps between two checkpoints; 0: none.
+        keep_checkpoints: whole checkpoints that stay.
+        logging_steps: steps between two lines on the screen (metrics.jsonl has every step).
+        tensorboard: write TensorBoard files as well.
+        device: "auto" (a GPU where there is one), "cuda" or "cpu".
         seed: of initial values, data order and dropout.
-        overwrite: replace existing results (adapter directory, train.json, train.png).
+        overwrite: replace existing results.
     """
 
     model: str
     data: list[str]
     output_dir: str
     context_length: int
+    method: str = "hici"
     hici: dict[str, Any] = dataclasses.field(default_factory=dict)
+    segment_counts: list[int] | None = None
     rope: str = "auto"
+    data_format: str = "text"
     text_key: str = "text"
+    packing: str = "packed"
+    prompt: str = "auto"
+    overlong: str = "skip"
+    hub_split: str = "train"
+    hub_config: str | None = None
+    streaming: bool = False
+    max_documents: int | None = None
+    token_cache: str | None = None
+    data_workers: int = 1
     heldout_data: list[str] | None = None
     heldout_fraction: float = 0.02
     heldout_windows: int = 8
@@ -76,21 +129,27 @@ class Recipe:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     dtype: str = "bfloat16"
+    quantization: str = "none"
+    optimizer: str = "adamw"
     gradient_checkpointing: bool = True
+    offload_checkpoints: bool = False
+    mlp_tile: int | None = None
+    save_steps: int = 100
+    keep_checkpoints: int = 2
     logging_steps: int = 1
+    tensorboard: bool = False
     device: str = "auto"
     seed: int = 0
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("rope", self.rope, ("auto", "linear", "yarn", "none"))
-        _check_choice("dtype", self.dtype, ("bfloat16", "float32"))
-        _check_choice("schedule", self.schedule, tuple(SCHEDULES))
-        _check_choice("device", self.device, ("auto", "cpu"))
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
         _check_minimum("context_length", self.context_length, 2)  # one token to read, one to predict
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha", "logging_steps"):
-            _check_minimum(name, getattr(self, name), 1)
-        for name in ("heldout_windows", "warmup_steps", "learning_rate", "hici_learning_rate", "weight_decay"):
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) is not None:
+                _check_minimum(name, getattr(self, name), 1)
+        for name in AT_LEAST_ZERO:
             _check_minimum(name, getattr(self, name), 0)
         for name in ("lora_dropout", "adam_beta1", "adam_beta2", "heldout_fraction"):
             if not 0 <= getattr(self, name) < 1:
@@ -98,7 +157,28 @@ class Recipe:
         for name in ("max_grad_norm", "hici_max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} would stop all learning; give a number > 0 (inf: none)")
+        self._check_combinations()
         self.hici_config()
+
+    def _check_combinations(self) -> None:
+        """Keys that need or exclude one another."""
+        if self.segment_counts is not None:
+            if self.method == FULL:
+                raise ValueError("segment_counts with method='full', which has no segments; take one of them out")
+            if not self.segment_counts or min(self.segment_counts) < 1:
+                raise ValueError(
+                    f"segment_counts={self.segment_counts} is no list of numbers >= 1; give some, as [2, 4]"
+                )
+            if self.hici.get("segment_size") is not None:
+                raise ValueError(
+                    "segment_counts and hici.segment_size are both given, but each decides the segments; take one out"
+                )
+        if self.streaming and self.max_documents is None:
+            raise ValueError("streaming without max_documents would read without end; give max_documents")
+        if self.offload_checkpoints and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_checkpoints=true needs gradient_checkpointing, whose checkpoints it moves; turn it on"
+            )
 
     def hici_config(self) -> HiCIConfig:
         """The HiCIConfig of the recipe's `hici` section."""
@@ -183,8 +263,13 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
     try:
         if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             return float(value)
-        if origin is list and isinstance(value, (str, list)):
-            return [str(item) for item in ([value] if isinstance(value, str) else value)]
+        if origin is list and isinstance(value, (str, int, list)):
+            items = value if isinstance(value, list) else [value]
+            return (
+                [_convert(key, item, int) for item in items]
+                if typing.get_args(kind) == (int,)
+                else [str(item) for item in items]
+            )
     except ValueError:
         pass
     if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
