@@ -25,6 +25,7 @@ from hici.models.load import first_line, load_plain_model
 from hici.models.lookup import FULL, HICI, attention_mode
 from hici.models.modes import leaks_future, set_attention
 from hici.provenance import provenance
+from hici.report.runs import read_run
 from hici.report.training import plot_training
 from hici.rope import check_context, extend_rope
 from hici.train.recipe import SCHEDULES, Recipe
@@ -87,7 +88,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         "made_with": provenance(),
     }
     write_json(output / "train.json", result)
-    plot_training(steps, output / "train.png")
+    plot_training([read_run(output)], output / "train.png")
     return result
 
 
