@@ -84,7 +84,7 @@ def make_step(length: int, args: argparse.Namespace) -> Callable[[str, int], flo
     from hici.models.modes import set_attention
     from hici.presets import load_preset
     from hici.train.recipe import recipe_from_dict
-    from hici.train.run import prepare_model
+    from hici.train.setup import prepare_model
     from hici.train.trainer import LanguageModel
 
     torch.manual_seed(0)

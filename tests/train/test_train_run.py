@@ -15,8 +15,11 @@ from hici.cli.main import main
 from hici.models.attach import attach
 from hici.models.lookup import attention_modules
 from hici.train.recipe import recipe_from_dict
-from hici.train.run import load_base, make_trainer, prepare_data, prepare_model, train
-from hici.train.trainer import LanguageModel, Sequences, TrainingDivergedError
+from hici.train.rows import Sequences, prepare_data
+from hici.train.run import make_trainer, train
+from hici.train.setup import load_base, prepare_model
+from hici.train.steps import TrainingDivergedError
+from hici.train.trainer import LanguageModel
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def parts(values, tmp_path):
         tokenizer, model = load_base(recipe)
         data = prepare_data(recipe, tokenizer, model.config.vocab_size)
         model = prepare_model(recipe, model)
-        return recipe, model, data, make_trainer(recipe, model, data, str(tmp_path / "scratch"), progress=False)
+        return recipe, model, data, make_trainer(recipe, model, data, str(tmp_path / "scratch"))
 
     return make
 
@@ -40,7 +43,7 @@ def test_training_lowers_the_heldout_loss_and_saves_what_was_trained(values, tmp
     assert after["hici"] < before["hici"] - 0.3
     assert after["full"] < before["full"] - 0.3
     run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {"adapter", "train.json", "train.png"}
+    assert {p.name for p in run.iterdir()} == {"adapter", "checkpoints", "train.json", "train.png", ".lock"}
     saved = json.loads((run / "train.json").read_text())
     assert saved["visibility"] == "past"
     assert len(saved["steps"]) == 12
@@ -53,7 +56,7 @@ def test_training_lowers_the_heldout_loss_and_saves_what_was_trained(values, tmp
     assert model.config.rope_parameters["factor"] == 2.0
     windows = prepare_data(recipe_from_dict(values), *_tokenizer_and_size(values)).heldout
     with torch.no_grad():
-        losses = [float(LanguageModel(model)(torch.from_numpy(row)[None])["loss"]) for row in windows]
+        losses = [float(LanguageModel(model)(row["input_ids"][None])["loss"]) for row in windows]
     assert np.mean(losses) == pytest.approx(after["hici"], abs=1e-4)
 
 
@@ -167,7 +170,10 @@ def test_each_group_is_clipped_by_its_own_norm(parts):
 def test_a_nan_gradient_stops_the_run(parts):
     _, model, _, trainer = parts()
     attention_modules(model)[0].local_constructor.memory_slots.data[0, 0] = math.nan
-    with pytest.raises(TrainingDivergedError, match="at step 1; nothing was saved"):
+    with pytest.raises(
+        TrainingDivergedError,
+        match="of the hici parameters is nan at step 1, in .*, on row .*The last whole checkpoint stands",
+    ):
         trainer.train()
 
 
@@ -236,7 +242,7 @@ def test_heldout_data_of_its_own(values, text):
     )
     data = prepare_data(recipe, *_tokenizer_and_size(values))
     assert (data.summary["documents"], data.summary["heldout_documents"]) == (10, 10)
-    assert data.heldout.shape == (3, 64)
+    assert [len(row["input_ids"]) for row in data.heldout] == [64] * 3
     assert data.summary["tokens_outside_of_whole_sequences"] < 64
 
 
@@ -284,9 +290,3 @@ def test_a_heldout_part_that_is_too_small_is_named(values):
         prepare_data(
             recipe_from_dict({**values, "heldout_fraction": 0.01, "context_length": 400}), *_tokenizer_and_size(values)
         )
-
-
-def test_several_processes_are_refused(values, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE=2: `hici train` runs in one process"):
-        train(recipe_from_dict(values), progress=False)

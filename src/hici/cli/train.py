@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ examples:
   hici train recipes/smollm2-8k.yaml
   hici train recipes/smollm2-8k.yaml --max_steps 20 --hici_learning_rate 5e-4
   hici train recipes/smollm2-8k.yaml --hici.visibility past --data '[books/*.txt, notes.jsonl]'
+  hici train recipes/smollm2-8k.yaml --resume
+  torchrun --nproc-per-node 8 -m hici train recipes/llama2-7b-16k.yaml
+  accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m hici train recipes/llama2-7b-16k.yaml
 
-The adapter lands in output_dir/adapter (read it with hici.from_pretrained), the log in train.json and train.png.
+The adapter lands in output_dir/adapter (read it with hici.from_pretrained), the log in metrics.jsonl, train.json and
+train.png, checkpoints in output_dir/checkpoints.
 """
 
 
@@ -29,23 +35,40 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("recipe", help="YAML file (see recipes/)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last whole checkpoint in output_dir; from the beginning where there is none",
+    )
     parser.set_defaults(run=run, accepts_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train and print where things are and what the held-out loss did."""
+    from hici.train.processes import end_processes, world_size
     from hici.train.recipe import load_recipe
     from hici.train.run import train
 
     recipe = load_recipe(args.recipe, args.overrides)
-    result = train(recipe)
-    losses = result["heldout_loss"]
+    result = train(recipe, resume=args.resume)
+    if result:  # the first process's
+        print_result(result, Path(recipe.output_dir).expanduser())
+    if world_size() > 1:
+        end_processes()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # not through the interpreter's own end: a gloo thread that is still joinable there aborts the process
+        os._exit(0)
+    return 0
+
+
+def print_result(result: dict[str, Any], output: Path) -> None:
+    """Where things are, and the held-out losses."""
     print(f"adapter: {result['adapter']}")
-    output = Path(recipe.output_dir).expanduser()
-    print(f"log:     {output / 'train.json'}, {output / 'train.png'}")
+    print(f"log:     {output / 'metrics.jsonl'}, {output / 'train.json'}, {output / 'train.png'}")
+    losses = result["heldout_loss"]
     for attention in losses["before"]:
         before, after = losses["before"][attention], losses["after"][attention]
         # with slots over its own future in view, a token's loss is no language-model loss
         mark = f", visibility {result['visibility']}: sees the future" if result["leaks_future"][attention] else ""
         print(f"held-out loss, {attention} attention{mark}: {before:.4f} before, {after:.4f} after (nats a token)")
-    return 0

@@ -1,22 +1,42 @@
-"""The Hugging Face Trainer with two parameter groups, two gradient clips and a loss without [T, vocabulary] logits."""
+"""The Hugging Face Trainer with two parameter groups, two gradient clips, a loss without [T, vocabulary] logits, and
+checkpoints of its own.
+
+What is used of Trainer's private methods is pinned by a test over the supported versions: `_save_checkpoint`,
+`_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 
 from hici.adapters.lora import trainable_parameters
-from hici.models.loss import IGNORE, next_token_loss
+from hici.files import read_json, write_json
+from hici.models.lookup import get_causal_lm
+from hici.models.loss import next_token_loss
+from hici.train.checkpoint import CheckpointStore
+from hici.train.order import TrainingOrder, describe_rows
+from hici.train.processes import everyones, wants_fsdp
+from hici.train.state import (
+    gather_optimizer,
+    gather_weights,
+    random_state,
+    restore_optimizer,
+    restore_random,
+    restore_weights,
+)
+from hici.train.steps import Steps, TrainingDivergedError
 
-
-class TrainingDivergedError(ValueError):
-    """A gradient or loss that is NaN or infinite: the step and the group of parameters are named."""
+WEIGHTS, OPTIMIZER, OPTIMIZER_PLAIN = "weights.safetensors", "optimizer.safetensors", "optimizer.json"
+TRAINER_STATE, RANDOM = "trainer_state.json", "random.pt"
 
 
 class LanguageModel(nn.Module):
@@ -27,6 +47,8 @@ class LanguageModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        # accelerate shards by these classes
+        self._no_split_modules = list(getattr(get_causal_lm(model), "_no_split_modules", None) or [])
 
     def forward(
         self,
@@ -41,20 +63,30 @@ class LanguageModel(nn.Module):
         return {"loss": total / (count if num_items_in_batch is None else num_items_in_batch)}
 
 
-class Sequences(Dataset[dict[str, Tensor]]):
-    """Packed sequences [n, T] as a data set. The first token of a row is never a target."""
+@dataclasses.dataclass
+class Settings:
+    """What HiCITrainer does beyond Trainer.
 
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens = tokens
+    Attributes:
+        hici_learning_rate: of the HiCI modules.
+        clips: gradient clips of the groups "hici" and "other".
+        optimizer: (class, arguments) that makes the optimizer.
+        rows_a_step: sequences of an optimizer step over all processes.
+        checkpoints: where checkpoints go; None: none are written.
+        segment_counts, seed: as in the recipe.
+        on_begin: called once the model is as the engine trains it, before the first step, with the trainer.
+        on_step: gets a dict of numbers for each optimizer step, on the first process.
+    """
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = torch.from_numpy(self.tokens[index])
-        labels = ids.clone()
-        labels[0] = IGNORE
-        return {"input_ids": ids, "labels": labels}
+    hici_learning_rate: float
+    clips: dict[str, float]
+    optimizer: tuple[Any, dict[str, Any]]
+    rows_a_step: int
+    checkpoints: CheckpointStore | None = None
+    segment_counts: list[int] | None = None
+    seed: int = 0
+    on_begin: Callable[[HiCITrainer], None] | None = None
+    on_step: Callable[[dict[str, Any]], None] | None = None
 
 
 class HiCITrainer(Trainer):
@@ -62,48 +94,115 @@ class HiCITrainer(Trainer):
 
     optimizer: Any  # set by Trainer
 
-    def __init__(self, *args: Any, hici_learning_rate: float, clips: dict[str, float], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: Settings, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.hici_learning_rate = hici_learning_rate
-        self.step_log: dict[str, float] = {}  # of the last optimizer step
-        self.add_callback(_Clip(self, clips))
+        self.settings = settings
+        self.step_log: dict[str, Any] = {}  # of the last optimizer step
+        self.step_tokens = 0  # real tokens of this process since the step began
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Steps(self))
+
+    @property
+    def order(self) -> TrainingOrder:
+        """The rows in the order of training."""
+        assert isinstance(self.train_dataset, TrainingOrder)
+        return self.train_dataset
+
+    @property
+    def language_model(self) -> Any:
+        """The (PEFT) model inside the engine's wrappers."""
+        return self.model.model
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer; FSDP also on CPU processes, where accelerate's own switch leaves it out.
+
+        The plugin and everything behind it are accelerate's, so that two CPU processes prove what many GPUs run.
+        """
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.accelerator.distributed_type.value == "MULTI_CPU" and wants_fsdp():
+            from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+            state._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW over (others, HiCI)."""
+        """The recipe's optimizer over (others, HiCI)."""
         if self.optimizer is None:
             hici, others = trainable_parameters(self.model if model is None else model)
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = [
-                {"params": others, "weight_decay": self.args.weight_decay},
-                {"params": hici, "weight_decay": self.args.weight_decay, "lr": self.hici_learning_rate},
+            cls, options = self.settings.optimizer
+            options = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay,
+                       "betas": (self.args.adam_beta1, self.args.adam_beta2), **options}  # fmt: skip
+            groups: list[dict[str, Any]] = [
+                {"params": others},
+                {"params": hici, "lr": self.settings.hici_learning_rate},
             ]
             self.optimizer = cls([group for group in groups if group["params"]], **options)
         return self.optimizer
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer; counts tokens."""
+        mask = inputs.get("attention_mask")
+        self.step_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds both gradient norms (before clipping) and the HiCI learning rate to a training line."""
+        """Adds what a step measured (gradient norms before clipping, rate of the HiCI modules, time, memory)."""
         if "loss" in logs:
+            step = self.state.global_step
+            if not math.isfinite(logs["loss"]):
+                raise TrainingDivergedError(
+                    f"the loss of step {step} is {logs['loss']}, on {self.rows_of(step - 1)}; check these documents, "
+                    "lower the learning rates or lengthen warmup_steps, and go on from the last checkpoint (--resume)"
+                )
             logs |= self.step_log
+            if self.settings.on_step is not None and self.is_world_process_zero():
+                self.settings.on_step({"step": step, **logs})
         super().log(logs, *args, **kwargs)
 
+    def rows_of(self, step: int) -> str:
+        """The rows of an optimizer step (from 0) and their documents, for an error."""
+        return describe_rows(self.order, step, self.settings.rows_a_step)
 
-class _Clip(TrainerCallback):
-    """Clips each group by its own norm, on the public event right before the optimizer's step."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's place for writing a checkpoint: a whole one or none (hici.train.checkpoint)."""
+        store = self.settings.checkpoints
+        if store is None:
+            return
+        weights = gather_weights(self.model)
+        tensors, plain = gather_optimizer(self.optimizer, self.model)
+        states = everyones(random_state())
+        schedule = self.lr_scheduler.state_dict()
 
-    def __init__(self, trainer: HiCITrainer, clips: dict[str, float]) -> None:
-        self.trainer = trainer
-        self.clips = clips
+        def fill(directory: Path) -> None:
+            save_file(weights, directory / WEIGHTS)
+            save_file(tensors, directory / OPTIMIZER)
+            write_json(directory / OPTIMIZER_PLAIN, plain)
+            torch.save({"random": states, "schedule": schedule}, directory / RANDOM)
+            self.state.save_to_json(str(directory / TRAINER_STATE))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        hici, others = trainable_parameters(self.trainer.model)
-        for name, parameters in (("hici", hici), ("other", others)):
-            if not parameters:
-                continue
-            norm = float(nn.utils.clip_grad_norm_(parameters, self.clips[name]))
-            if not math.isfinite(norm):
-                raise TrainingDivergedError(
-                    f"the gradient norm of the {name} parameters is {norm} at step {state.global_step + 1}; nothing "
-                    "was saved. Lower the learning rates or lengthen warmup_steps, and check the data"
-                )
-            self.trainer.step_log[f"{name}_grad_norm"] = norm
-        self.trainer.step_log["hici_learning_rate"] = self.trainer.optimizer.param_groups[-1]["lr"]
+        if self.is_world_process_zero():
+            store.write(self.state.global_step, fill)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Trainer's place for reading weights (before wrapping; after it with FSDP)."""
+        restore_weights(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's place for reading the optimizer and the rates' schedule."""
+        if checkpoint is None:
+            return
+        directory = Path(checkpoint)
+        tensors, plain = load_file(directory / OPTIMIZER), read_json(directory / OPTIMIZER_PLAIN)
+        restore_optimizer(self.optimizer, self.model, tensors, plain)
+        self.lr_scheduler.load_state_dict(torch.load(directory / RANDOM, weights_only=True)["schedule"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's place for reading random states."""
+        if checkpoint is None:
+            return
+        states = torch.load(Path(checkpoint) / RANDOM, weights_only=True)["random"]
+        if len(states) == self.args.world_size:  # other processes cannot have the same streams; only dropout uses them
+            restore_random(states[self.args.process_index])

@@ -1,0 +1,85 @@
+"""The processes of a run: started by torchrun or accelerate launch, one when by neither."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None  # type: ignore[assignment]
+
+
+def rank() -> int:
+    """This process's number, from the launcher's environment; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes, from the launcher's environment; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wants_fsdp() -> bool:
+    """Whether accelerate's environment (its launcher's config file) asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def wants_deepspeed() -> bool:
+    """Whether accelerate's environment asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def end_processes() -> None:
+    """Leave the process group, all processes together.
+
+    A DDP wrapper is a reference cycle that keeps gloo's threads: collected first, or the interpreter's end aborts.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        gc.collect()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def only_run_in(directory: Path) -> Iterator[None]:
+    """Context: no other run trains into `directory` (the lock goes with the process, however that ends).
+
+    Raises:
+        ValueError: another one does.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run is training into {directory}; wait for it, stop it, or give another output_dir"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def everyones(value: Any) -> list[Any]:
+    """What every process has, in their order. All of them must call it together."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found

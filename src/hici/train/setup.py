@@ -1,0 +1,97 @@
+"""A recipe's base and the model that is trained: rope, HiCI modules or none, LoRA, precision, memory savings."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from hici.adapters.lora import add_lora, trainable_parameters
+from hici.config import HiCIConfig
+from hici.models.attach import attach
+from hici.models.load import first_line, load_plain_model
+from hici.models.lookup import FULL, HICI
+from hici.models.modes import set_attention
+from hici.rope import check_context, extend_rope
+from hici.train.recipe import Recipe
+
+
+def check_device(recipe: Recipe) -> None:
+    """Raise ValueError when the recipe asks for a GPU and there is none."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device='cuda', but torch sees no CUDA device here; run the recipe on a machine with one, or give --device "
+            "cpu (with a model and a context that a CPU can train)"
+        )
+
+
+def uses_cpu(recipe: Recipe) -> bool:
+    """Whether the run is on the CPU."""
+    return recipe.device == "cpu" or not torch.accelerator.is_available()
+
+
+def load_base(recipe: Recipe) -> tuple[Any, Any]:
+    """(tokenizer, model) of the recipe, rope extended to its context."""
+    name = os.path.expanduser(recipe.model)  # not Path: a hub name keeps its slash everywhere
+    model = load_plain_model(name, dtype=getattr(torch, recipe.dtype))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer of {recipe.model} could not be loaded ({first_line(error)}); put its files beside the model"
+        ) from error
+    if recipe.rope == "none":
+        check_context(model.config, recipe.context_length)
+    else:
+        extend_rope(model, recipe.context_length, method=recipe.rope)
+    return tokenizer, model
+
+
+def prepare_model(recipe: Recipe, model: Any) -> Any:
+    """Attach HiCI and LoRA; trained parameters in float32 (bfloat16 would round small updates away)."""
+    attach(model, attached_config(recipe))
+    wrapped = add_lora(
+        model,
+        r=recipe.lora_r,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        embeddings=recipe.train_embeddings,
+        norms=recipe.train_norms,
+    )
+    if recipe.method != HICI:
+        for parameter in trainable_parameters(wrapped)[0]:
+            parameter.requires_grad_(False)
+    for group in trainable_parameters(wrapped):
+        for parameter in group:
+            parameter.data = parameter.data.float()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_attention(wrapped, recipe.method)
+    return wrapped
+
+
+def attached_config(recipe: Recipe) -> HiCIConfig:
+    """What is attached: the recipe's HiCI modules; for the baselines the smallest ones, which stay frozen and unused.
+
+    A baseline goes by the same segments (shifted sparse attention) and the same directory of results.
+    """
+    config = recipe.hici_config()
+    if recipe.method == HICI:
+        return config
+    return HiCIConfig(
+        num_local_slots=1, num_global_slots=1, num_heads=1, bottleneck_dim=1, compress_dim=1, use_global=False,
+        use_local=False, backend=config.backend, visibility="past", decode="raw",
+        num_segments=config.num_segments, segment_size=config.segment_size,
+    )  # fmt: skip
+
+
+def describe_method(recipe: Recipe) -> str:
+    """The method in words, for a model card and a table."""
+    if recipe.method == FULL:
+        return "full attention (LoRA, no HiCI modules)"
+    counts = "" if recipe.segment_counts is None else f", segments drawn from {recipe.segment_counts}"
+    if recipe.method == HICI:
+        return f"{HICI}, visibility {recipe.hici_config().visibility}{counts}"
+    return f"{recipe.method}: shifted sparse attention (LoRA, no HiCI modules){counts}"
