@@ -22,11 +22,10 @@ from hici.files import atomic_file
 from hici.models.lookup import FULL, HICI
 from hici.report.metrics import METRICS_FILE, read_metrics, split_torn
 from hici.train.console import ConsoleTable
+from hici.train.output import TENSORBOARD
 from hici.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-
-TENSORBOARD_DIRECTORY = "tensorboard"
 
 
 class Tracker(Protocol):
@@ -194,7 +193,7 @@ def make_trackers(
             f"{path} exists, and a new run would go on with its curve; give another output_dir, or --overwrite true"
         )
     # before the file is made, so that nothing is left behind where the package is not installed
-    board = [TensorBoardLog(output / TENSORBOARD_DIRECTORY, resumed_at=resumed_at)] if recipe.tensorboard else []
+    board = [TensorBoardLog(output / TENSORBOARD, resumed_at=resumed_at)] if recipe.tensorboard else []
     metrics = MetricsLog(path)
     if resumed_at is not None:
         metrics.truncate_after(resumed_at)
@@ -213,7 +212,7 @@ def start_event(recipe: Recipe) -> dict[str, Any]:
         "step": 0,
         "method": recipe.method,
         "visibility": config.visibility if slots else None,
-        "leaks_future": {HICI: slots and config.visibility != "past", FULL: False},
+        "leaks_future": {recipe.method: slots and config.visibility != "past", FULL: False},
         "clips": {"hici": _clip(recipe.hici_max_grad_norm), "other": _clip(recipe.max_grad_norm)},
         "total_steps": recipe.max_steps,
         "context_length": recipe.context_length,
