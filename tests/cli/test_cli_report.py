@@ -64,7 +64,7 @@ def test_one_run(make_run, hici_command):
     assert (done.status, done.err) == (0, "")
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert facts(done.out) == {
-        "method": "hici, visibility all",
+        "method": "hici, visibility all (not causal)",
         "steps done": "40 of 40",
         "resumed at step": "20",
         "last loss": "2.0000",
@@ -75,7 +75,10 @@ def test_one_run(make_run, hici_command):
         "held-out, full attention": "4.5000 (step 0) -> 2.2500 (step 40)",
         "held-out, hici attention (not causal: visibility all)": "5.0000 (step 0) -> 2.1250 (step 40)",
     }
-    assert "not causal: slots see the future" in done.out
+    assert (
+        "not causal: with this visibility a token's loss in hici attention, in training too, sees its future"
+        in done.out
+    )
     assert f"picture: {run / 'report.png'}" in done.out
     assert hici_command("report", run).status == 0  # its own picture is drawn anew
 
@@ -98,7 +101,7 @@ def test_several_runs_are_laid_over_one_another(make_run, hici_command, drawn, t
     done = hici_command("report", *runs, "--out", tmp_path / "all.png")
     assert done.status == 0, done.err
     table = facts(done.out)
-    assert table["method"] == ["hici, visibility all", "hici, visibility past", "full"]
+    assert table["method"] == ["hici, visibility all (not causal)", "hici, visibility past", "full"]
     assert table["steps done"] == ["40 of 40", "40 of 40", "30 of 40"]
     assert table["held-out, hici attention"] == ["-", "5.0000 (step 0) -> 2.1250 (step 40)", "-"]
     axes = panels(drawn[0])

@@ -162,14 +162,16 @@ class Terminal(io.StringIO):
 
 def test_plain_lines_where_there_is_no_terminal():
     lines, stream = [], io.StringIO()
-    screen = ConsoleTable(100, 10, write=lines.append, stream=stream)
+    remarks = {"hici": "not causal: visibility all"}
+    screen = ConsoleTable(100, 10, remarks=remarks, write=lines.append, stream=stream)
     screen.event({"event": "start", "step": 0, "method": "hici"})
     screen.event({"event": "heldout", "step": 0, "losses": {"hici": 4.25, "full": 4.0}})
     for i in range(1, 101):
         screen.step(step(i))
     screen.close()
     assert stream.getvalue() == ""
-    assert lines[0] == "step 0: heldout: losses hici 4.2500, full 4.0000"
+    assert lines.pop(0) == "method hici (not causal: visibility all)"
+    assert lines[0] == ("step 0: held-out loss, nats a token: hici 4.2500 (not causal: visibility all), full 4.0000")
     assert lines[1].split("  ")[-1] == "peak memory"
     assert [line.split()[0] for line in lines[2:]] == ["1/100", *(f"{i}/100" for i in range(10, 101, 10))]
     assert lines[-1].split() == ["100/100", "-7.0000", "0.5", "2", "2.00e-04", "2.00e-05", "1,600", "3.00", "GiB"]
@@ -216,7 +218,7 @@ def test_nothing_without_progress():
     lines, stream = [], Terminal()
     screen = ConsoleTable(10, 1, progress=False, write=lines.append, stream=stream)
     screen.step(step(1))
-    screen.event({"event": "end", "step": 1})
+    screen.event({"event": "end", "step": 1, "path": "p"})
     screen.close()
     assert (lines, stream.getvalue()) == ([], "")
 
@@ -262,10 +264,12 @@ def test_the_trackers_of_a_recipe(tmp_path, board):
         trackers.event(start_event(recipe))
         for i in range(1, 5):
             trackers.step(step(i))
+    assert lines[0] == "method hici (not causal: visibility all)"
     with pytest.raises(ValueError, match="metrics.jsonl exists, and a new run would go on with its curve.*--overwrite"):
         make_trackers(recipe, tmp_path)
     with make_trackers(recipe, tmp_path, resumed_at=2, write=lines.append) as trackers:
         trackers.event({"event": "resume", "step": 2})
+        assert lines[-1] == "step 2: resume"
         for i in range(3, 7):
             trackers.step(step(i))
     assert [entry["step"] for entry in steps_of(read_metrics(tmp_path / "metrics.jsonl"))] == [1, 2, 3, 4, 5, 6]

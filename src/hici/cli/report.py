@@ -73,9 +73,12 @@ def _print(runs: list[Any]) -> None:
     facts = [run_facts(run) for run in runs]
     names = list(dict.fromkeys(name for one in facts for name in one))
     rows = [[name, *(one.get(name, "-") for one in facts)] for name in names]
-    leaking = any(run.leaks_future & run.heldout.keys() for run in runs)
-    note = ["not causal: slots see the future, so that loss is no language-model loss; read the one in full attention"]
-    notes = note if leaking else []
+    leaking = any(run.leaks_future for run in runs)
+    note = (
+        "not causal: with this visibility a token's loss in hici attention, in training too, sees its future; read "
+        "the held-out loss in full attention"
+    )
+    notes = [note] if leaking else []
     if len(runs) == 1:
         print_facts(runs[0].label, rows, notes)
     else:

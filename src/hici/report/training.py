@@ -64,7 +64,8 @@ def describe_run(run: RunLog) -> str:
     """Name, method and progress in one line."""
     parts = [run.label]
     if run.method:
-        parts.append(f"method {run.method}" + (f", visibility {run.visibility}" if run.visibility else ""))
+        parts.append(f"method {run.method}" + (f", visibility {run.visibility}" if run.visibility else "")
+                     + (" (not causal)" if run.method in run.leaks_future else ""))  # fmt: skip
     done = f"{run.steps[-1]['step']:,}"
     parts.append(f"{done} steps" if run.total_steps is None else f"{done} of {run.total_steps:,} steps")
     return "   |   ".join(parts)
@@ -73,6 +74,8 @@ def describe_run(run: RunLog) -> str:
 def run_facts(run: RunLog) -> dict[str, str]:
     """Names and values of the summary; what a run did not record is left out."""
     facts = {"method": f"{run.method}, visibility {run.visibility}" if run.visibility else run.method or "not recorded"}
+    if run.method in run.leaks_future:
+        facts["method"] += " (not causal)"
     done = f"{run.steps[-1]['step']:,}" + ("" if run.total_steps is None else f" of {run.total_steps:,}")
     facts["steps done"] = done + ("" if run.ended else " (goes on, or was stopped)")
     if run.resumes:

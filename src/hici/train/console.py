@@ -43,6 +43,7 @@ class ConsoleTable:
         logging_steps: int,
         *,
         first_step: int = 0,
+        remarks: dict[str, str] | None = None,
         progress: bool = True,
         write: Callable[[str], None] | None = None,
         stream: TextIO | None = None,
@@ -51,12 +52,14 @@ class ConsoleTable:
         Args:
             total_steps, first_step: optimizer steps in all, and those done before (a run that goes on).
             logging_steps: steps between two lines; the first step of this process and the last one have a line too.
+            remarks: what stands behind every loss of an attention, such as {"hici": "not causal: visibility all"}.
             progress: False: nothing is shown.
             write: takes a line where `stream` is no terminal; None: logged as information.
             stream: None: stderr.
         """
         self.total = total_steps
         self.every = logging_steps
+        self.remarks = remarks or {}
         self.progress = progress
         self.write = logger.info if write is None else write
         self._columns: list[_Column] = []  # those of the first step
@@ -82,14 +85,25 @@ class ConsoleTable:
 
     def event(self, entry: dict[str, Any]) -> None:
         """A line of its own."""
-        if self.progress and entry["event"] != "start":
-            facts = [f"{key} {_plain(value)}" for key, value in entry.items() if key not in ("event", "step")]
-            self._show(f"step {entry['step']:,}: {entry['event']}{': ' if facts else ''}{', '.join(facts)}")
+        if not self.progress:
+            return
+        name, facts = entry["event"], {key: entry[key] for key in entry if key not in ("event", "step")}
+        if name == "start":
+            self._show(f"method {entry['method']}{self._remark(entry['method'])}")
+        elif name == "heldout":
+            losses = [f"{kind} {_plain(loss)}{self._remark(kind)}" for kind, loss in entry["losses"].items()]
+            self._show(f"step {entry['step']:,}: held-out loss, nats a token: {', '.join(losses)}")
+        else:
+            words = ", ".join(f"{key} {_plain(value)}" for key, value in facts.items())
+            self._show(f"step {entry['step']:,}: {name}{': ' if words else ''}{words}")
 
     def close(self) -> None:
         """Leave the bar as it is, below the lines."""
         if self._bar is not None:
             self._bar.stop()
+
+    def _remark(self, attention: str) -> str:
+        return f" ({self.remarks[attention]})" if attention in self.remarks else ""
 
     def _table_line(self, entry: dict[str, Any]) -> None:
         width = len(f"{self.total:,}") * 2 + 1

@@ -197,8 +197,15 @@ def make_trackers(
     metrics = MetricsLog(path)
     if resumed_at is not None:
         metrics.truncate_after(resumed_at)
+    start = start_event(recipe)
+    remark = f"not causal: visibility {start['visibility']}"
     screen = ConsoleTable(
-        recipe.max_steps, recipe.logging_steps, first_step=resumed_at or 0, progress=progress, write=write
+        recipe.max_steps,
+        recipe.logging_steps,
+        first_step=resumed_at or 0,
+        remarks={attention: remark for attention, leaks in start["leaks_future"].items() if leaks},
+        progress=progress,
+        write=write,
     )
     return Trackers([metrics, screen, *board])
 
