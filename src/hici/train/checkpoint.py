@@ -6,6 +6,7 @@
         optimizer.json          its other values and its groups
         trainer_state.json      the Trainer's step and log
         random.pt               random states of every process, and the learning rates' schedule
+        global_step100/, latest with DeepSpeed, in place of optimizer.*: its own files, written by every process
         complete.json           written last: step, SHA-256 of every file, and what the run is
 
 A directory is made under a temporary name, synced and renamed, so a killed run leaves the old one or the
@@ -98,7 +99,8 @@ class CheckpointStore:
         try:
             with atomic_directory(target, overwrite=True, marker=COMPLETE) as temporary:
                 fill(temporary)
-                files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+                paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+                files = {path.relative_to(temporary).as_posix(): sha256(path) for path in paths}
                 write_json(
                     temporary / COMPLETE,
                     {

@@ -119,7 +119,7 @@ def make_trainer(
         weight_decay=recipe.weight_decay,
         adam_beta1=recipe.adam_beta1,
         adam_beta2=recipe.adam_beta2,
-        max_grad_norm=0.0,  # each group is clipped on its own (train.steps)
+        max_grad_norm=one_clip(recipe),
         bf16=recipe.dtype == "bfloat16",
         use_cpu=uses_cpu(recipe),
         train_sampling_strategy="sequential",  # TrainingOrder has drawn the order
@@ -156,6 +156,18 @@ def make_trainer(
             on_begin=begin,
         ),
     )
+
+
+def one_clip(recipe: Recipe) -> float:
+    """Trainer's own clip: none (0), since each group is clipped by its own norm (train.steps), but with DeepSpeed.
+
+    DeepSpeed holds the gradients itself and clips all of them by one norm: then the smaller clip counts.
+    """
+    if not wants_deepspeed():
+        return 0.0
+    clip = min(recipe.max_grad_norm, recipe.hici_max_grad_norm)
+    logger.warning("DeepSpeed clips all gradients together: by the smaller one of the two clips, %s", clip)
+    return clip
 
 
 def base_loss_of(recipe: Recipe, model: Any, rows: Rows) -> float | None:
@@ -236,7 +248,11 @@ def finish(recipe: Recipe, output: Path, trainer: HiCITrainer, data: TrainingDat
         "processes": world_size(),
         "steps": steps,
         "first_sequence_loss": before["first_sequence_loss"],
-        "heldout_loss": {"before": before["heldout_loss"], "after": after, "unit": "nats a token"},
+        "heldout_loss": {
+            "before": {mode: before["heldout_loss"][mode] for mode in after},
+            "after": after,
+            "unit": "nats a token",
+        },
         "seconds": sum(step["seconds"] for step in steps),
         "peak_memory_bytes": peak_memory(trainer.args.device),
         "made_with": provenance(),
@@ -257,6 +273,10 @@ def whole_model(recipe: Recipe, trainer: HiCITrainer) -> Any:
     weights = gather_weights(trainer.model)
     if rank() != 0:
         return None
+    if wants_deepspeed():
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # else ZeRO-3 would partition this model too, over processes that make none
     model = LanguageModel(prepare_model(recipe, load_base(recipe)[1]))
     restore_weights(model, weights)
     return model.model

@@ -8,6 +8,7 @@ What is used of Trainer's private methods is pinned by a test over the supported
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -165,25 +166,45 @@ class HiCITrainer(Trainer):
         """The rows of an optimizer step (from 0) and their documents, for an error."""
         return describe_rows(self.order, step, self.settings.rows_a_step)
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer; with DeepSpeed, what reads its checkpoints expects trained parameters only."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            engine = self._engine()
+            engine.load_checkpoint = functools.partial(_load_trained, engine.load_checkpoint)
+        return scheduler
+
+    def _engine(self) -> Any:
+        """DeepSpeed's engine around the model."""
+        return self.accelerator.deepspeed_engine_wrapped.engine
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's place for writing a checkpoint: a whole one or none (hici.train.checkpoint)."""
         store = self.settings.checkpoints
         if store is None:
             return
+        step, first = self.state.global_step, self.is_world_process_zero()
         weights = gather_weights(self.model)
-        tensors, plain = gather_optimizer(self.optimizer, self.model)
-        states = everyones(random_state())
-        schedule = self.lr_scheduler.state_dict()
+        optimizer = None if self.is_deepspeed_enabled else gather_optimizer(self.optimizer, self.model)
+        everything = {"random": everyones(random_state()), "schedule": self.lr_scheduler.state_dict()}
 
-        def fill(directory: Path) -> None:
+        def fill(directory: Path | None) -> None:
+            if optimizer is None:  # every process writes its shard
+                place = everyones(None if directory is None else str(directory))[0]
+                self._engine().save_checkpoint(place, tag=f"global_step{step}", exclude_frozen_parameters=True)
+            if directory is None:
+                return
             save_file(weights, directory / WEIGHTS)
-            save_file(tensors, directory / OPTIMIZER)
-            write_json(directory / OPTIMIZER_PLAIN, plain)
-            torch.save({"random": states, "schedule": schedule}, directory / RANDOM)
+            if optimizer is not None:
+                save_file(optimizer[0], directory / OPTIMIZER)
+                write_json(directory / OPTIMIZER_PLAIN, optimizer[1])
+            torch.save(everything, directory / RANDOM)
             self.state.save_to_json(str(directory / TRAINER_STATE))
 
-        if self.is_world_process_zero():
-            store.write(self.state.global_step, fill)
+        if first:
+            store.write(step, fill)
+        else:
+            fill(None)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -195,8 +216,9 @@ class HiCITrainer(Trainer):
         if checkpoint is None:
             return
         directory = Path(checkpoint)
-        tensors, plain = load_file(directory / OPTIMIZER), read_json(directory / OPTIMIZER_PLAIN)
-        restore_optimizer(self.optimizer, self.model, tensors, plain)
+        if not self.is_deepspeed_enabled:  # which has read its own files
+            tensors, plain = load_file(directory / OPTIMIZER), read_json(directory / OPTIMIZER_PLAIN)
+            restore_optimizer(self.optimizer, self.model, tensors, plain)
         self.lr_scheduler.load_state_dict(torch.load(directory / RANDOM, weights_only=True)["schedule"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -206,3 +228,8 @@ class HiCITrainer(Trainer):
         states = torch.load(Path(checkpoint) / RANDOM, weights_only=True)["random"]
         if len(states) == self.args.world_size:  # other processes cannot have the same streams; only dropout uses them
             restore_random(states[self.args.process_index])
+
+
+def _load_trained(load_checkpoint: Any, directory: str, load_module_strict: bool = True, **kwargs: Any) -> Any:
+    """DeepSpeed's load_checkpoint for files without the frozen parameters."""
+    return load_checkpoint(directory, load_module_strict=False, **kwargs)
