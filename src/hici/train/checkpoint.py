@@ -165,6 +165,11 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a whole checkpoint was written after."""
+    return int(read_json(checkpoint / COMPLETE)["step"])
+
+
 def problem_of(path: Path) -> str | None:
     """Why a checkpoint is not whole: every file is read and compared with its SHA-256. None: it is."""
     try:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,24 @@ from hici.models.modes import leaks_future, set_attention
 from hici.provenance import provenance
 from hici.report.runs import read_run
 from hici.report.training import plot_training
-from hici.train.checkpoint import CheckpointStore, Identity
+from hici.train.checkpoint import CheckpointStore, Identity, step_of
 from hici.train.heldout import heldout_losses, row_loss
 from hici.train.order import Rows, TrainingOrder
 from hici.train.output import ADAPTER, check_output, check_space, remove_old_results, training_facts
 from hici.train.processes import local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import SCHEDULES, Recipe
 from hici.train.rows import TrainingData, prepare_data
-from hici.train.setup import attached_config, check_device, load_base, prepare_model, uses_cpu
+from hici.train.setup import (
+    attached_config,
+    autocast_dtype,
+    check_device,
+    check_launcher,
+    load_base,
+    prepare_model,
+    uses_cpu,
+)
 from hici.train.state import gather_weights, is_sharded, restore_weights
+from hici.train.tracking import Trackers, make_trackers, start_event
 from hici.train.trainer import HiCITrainer, LanguageModel, Settings
 
 logger = logging.getLogger(__name__)
@@ -40,17 +50,23 @@ BEGIN = "begin"  # the log's entry of what was measured before the first step
 _SAME_LOSS = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
-def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Run a recipe, in one process or as one of several that a launcher started. Returns what train.json holds.
+def train(
+    recipe: Recipe, *, resume: bool = False, progress: bool = True, write: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Run a recipe, in one process or as one of several that a launcher started.
 
     The adapter is in output_dir/adapter. With `resume` it goes on from the last whole checkpoint in output_dir, or from
-    the beginning where there is none.
+    the beginning where there is none. `write` gets the lines of the table; None: logging.
+
+    Returns:
+        What train.json holds, on the first process; on the others {}.
 
     Raises:
         ValueError: bad data, model or recipe; existing results without `resume` or `overwrite` (before any work); a
             checkpoint of another run; TrainingDivergedError on a NaN or infinite loss or gradient.
     """
     check_device(recipe)
+    check_launcher()
     output = Path(recipe.output_dir).expanduser()
     first = rank() == 0
     if first:
@@ -65,12 +81,21 @@ def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dic
         check_space(recipe, output, model)
         store = checkpoint_store(recipe, output, model, data)
         begun = store.last() if resume else None
-        if first and not resume:
-            remove_old_results(output)
-        with tempfile.TemporaryDirectory(prefix="hici-train-") as scratch:
-            trainer = make_trainer(recipe, model, data, scratch, store=store, base_loss=base_loss)
+        at = None if begun is None else step_of(begun)
+        if first:
+            store.clean()
+            if begun is None:
+                remove_old_results(output)
+        with (
+            make_trackers(recipe, output, resumed_at=at, progress=progress, write=write)
+            if first
+            else Trackers([]) as trackers,
+            tempfile.TemporaryDirectory(prefix="hici-train-") as scratch,
+        ):
+            trackers.event(start_event(recipe) if at is None else {"event": "resume", "step": at})
+            trainer = make_trainer(recipe, model, data, scratch, store=store, base_loss=base_loss, trackers=trackers)
             trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
-        return finish(recipe, output, trainer, data, tokenizer)
+            return finish(recipe, output, trainer, data, tokenizer, trackers)
 
 
 def rows_a_step(recipe: Recipe) -> int:
@@ -105,7 +130,7 @@ def make_trainer(
     *,
     store: CheckpointStore | None = None,
     base_loss: float | None = None,
-    progress: bool = False,
+    trackers: Trackers | None = None,
 ) -> HiCITrainer:
     """The Trainer of a recipe; its only files are checkpoints."""
     arguments = TrainingArguments(
@@ -120,7 +145,6 @@ def make_trainer(
         adam_beta1=recipe.adam_beta1,
         adam_beta2=recipe.adam_beta2,
         max_grad_norm=one_clip(recipe),
-        bf16=recipe.dtype == "bfloat16",
         use_cpu=uses_cpu(recipe),
         train_sampling_strategy="sequential",  # TrainingOrder has drawn the order
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every step
@@ -137,12 +161,16 @@ def make_trainer(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # Trainer would choose DataParallel, which replicates modules without their attributes
 
+    trackers = trackers or Trackers([])
+
     def begin(trainer: HiCITrainer) -> None:
         if trainer.state.global_step == 0:
-            trainer.state.log_history.append({BEGIN: before_first_step(recipe, trainer, data, base_loss), "step": 0})
+            measured = before_first_step(recipe, trainer, data, base_loss)
+            trainer.state.log_history.append({BEGIN: measured, "step": 0})
+            trackers.event({"event": "heldout", "step": 0, "losses": measured["heldout_loss"]})
 
     return HiCITrainer(
-        model=LanguageModel(model),
+        model=LanguageModel(model, autocast_dtype(recipe)),
         args=arguments,
         train_dataset=TrainingOrder(data.train, recipe.max_steps * rows_a_step(recipe), recipe.seed),
         settings=Settings(
@@ -154,6 +182,8 @@ def make_trainer(
             segment_counts=recipe.segment_counts,
             seed=recipe.seed,
             on_begin=begin,
+            on_step=trackers.step,
+            on_checkpoint=lambda step, path: trackers.event({"event": "checkpoint", "step": step, "path": str(path)}),
         ),
     )
 
@@ -179,8 +209,7 @@ def base_loss_of(recipe: Recipe, model: Any, rows: Rows) -> float | None:
         return None
     device = torch.device("cpu") if uses_cpu(recipe) else torch.device("cuda", local_rank())
     model.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-        return row_loss(LanguageModel(model), rows[0], device)
+    return row_loss(LanguageModel(model, autocast_dtype(recipe)), rows[0], device)
 
 
 def before_first_step(
@@ -216,13 +245,16 @@ def before_first_step(
     return {"first_sequence_loss": first, "heldout_loss": heldout}
 
 
-def finish(recipe: Recipe, output: Path, trainer: HiCITrainer, data: TrainingData, tokenizer: Any) -> dict[str, Any]:
+def finish(
+    recipe: Recipe, output: Path, trainer: HiCITrainer, data: TrainingData, tokenizer: Any, trackers: Trackers
+) -> dict[str, Any]:
     """After the last step: held-out losses, the adapter, train.json and train.png (the first process writes)."""
     model = trainer.language_model
     config = attached_config(recipe)
     reconfigure(model, num_segments=config.num_segments, segment_size=config.segment_size)  # not the last one drawn
     before = next(entry[BEGIN] for entry in trainer.state.log_history if BEGIN in entry)
     after = heldout_losses(trainer.model_wrapped, model, data.heldout, recipe.method, trainer.args.device)
+    trackers.event({"event": "heldout", "step": recipe.max_steps, "losses": after})
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     hici, others = trainable_parameters(trainer.model)
     leaks = {recipe.method: leaks_future(model), FULL: False}
@@ -258,6 +290,7 @@ def finish(recipe: Recipe, output: Path, trainer: HiCITrainer, data: TrainingDat
         "made_with": provenance(),
     }
     write_json(output / "train.json", result)
+    trackers.event({"event": "end", "step": recipe.max_steps})
     plot_training([read_run(output)], output / "train.png")
     return result
 

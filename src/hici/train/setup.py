@@ -32,6 +32,21 @@ def uses_cpu(recipe: Recipe) -> bool:
     return recipe.device == "cpu" or not torch.accelerator.is_available()
 
 
+def check_launcher() -> None:
+    """Raise ValueError when the launcher's settings contradict the recipe's."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no":
+        raise ValueError(
+            f"the launch config says mixed_precision {precision!r}, but precision is the recipe's key dtype; write "
+            "mixed_precision: 'no' in the config (see recipes/accelerate)"
+        )
+
+
+def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
+    """What the recipe computes in where that is not what its trained parameters are in."""
+    return torch.bfloat16 if recipe.dtype == "bfloat16" else None
+
+
 def load_base(recipe: Recipe) -> tuple[Any, Any]:
     """(tokenizer, model) of the recipe, rope extended to its context."""
     name = os.path.expanduser(recipe.model)  # not Path: a hub name keeps its slash everywhere

@@ -41,13 +41,17 @@ TRAINER_STATE, RANDOM = "trainer_state.json", "random.pt"
 
 
 class LanguageModel(nn.Module):
-    """A causal LM whose forward gives the loss only, so that the Trainer (and DDP around it) never sees logits."""
+    """A causal LM whose forward gives the loss only, so that the Trainer (and DDP around it) never sees logits.
+
+    `autocast`: the dtype that it computes in, whatever engine is around it; None: that of its parameters.
+    """
 
     accepts_loss_kwargs = True  # Trainer: the mean over an accumulated batch is ours (num_items_in_batch)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
+        self.autocast = autocast
         # accelerate shards by these classes
         self._no_split_modules = list(getattr(get_causal_lm(model), "_no_split_modules", None) or [])
 
@@ -60,7 +64,8 @@ class LanguageModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Mean next-token loss (nats) over the targets; `labels` [B, T] as in `next_token_loss`."""
         inputs = {} if attention_mask is None else {"attention_mask": attention_mask}
-        total, count = next_token_loss(self.model, input_ids, labels, **inputs)
+        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+            total, count = next_token_loss(self.model, input_ids, labels, **inputs)
         return {"loss": total / (count if num_items_in_batch is None else num_items_in_batch)}
 
 
@@ -77,6 +82,7 @@ class Settings:
         segment_counts, seed: as in the recipe.
         on_begin: called once the model is as the engine trains it, before the first step, with the trainer.
         on_step: gets a dict of numbers for each optimizer step, on the first process.
+        on_checkpoint: gets the step and place of a checkpoint that is whole, on the first process.
     """
 
     hici_learning_rate: float
@@ -88,6 +94,7 @@ class Settings:
     seed: int = 0
     on_begin: Callable[[HiCITrainer], None] | None = None
     on_step: Callable[[dict[str, Any]], None] | None = None
+    on_checkpoint: Callable[[int, Path], None] | None = None
 
 
 class HiCITrainer(Trainer):
@@ -115,7 +122,7 @@ class HiCITrainer(Trainer):
         return self.model.model
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer; FSDP also on CPU processes, where accelerate's own switch leaves it out.
+        """As Trainer; FSDP also on CPU processes, where accelerate's own switch leaves it out, and in full precision.
 
         The plugin and everything behind it are accelerate's, so that two CPU processes prove what many GPUs run.
         """
@@ -127,6 +134,11 @@ class HiCITrainer(Trainer):
             state._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            # LanguageModel decides what is computed in bfloat16, as in one process; gradients are summed in float32
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The recipe's optimizer over (others, HiCI)."""
@@ -202,7 +214,9 @@ class HiCITrainer(Trainer):
             self.state.save_to_json(str(directory / TRAINER_STATE))
 
         if first:
-            store.write(step, fill)
+            place = store.write(step, fill)
+            if self.settings.on_checkpoint is not None:
+                self.settings.on_checkpoint(step, place)
         else:
             fill(None)
         self.accelerator.wait_for_everyone()
