@@ -43,7 +43,9 @@ def test_training_lowers_the_heldout_loss_and_saves_what_was_trained(values, tmp
     assert after["hici"] < before["hici"] - 0.3
     assert after["full"] < before["full"] - 0.3
     run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {"adapter", "checkpoints", "train.json", "train.png", ".lock"}
+    assert {p.name for p in run.iterdir()} == {
+        ".lock", "adapter", "checkpoints", "metrics.jsonl", "train.json", "train.png",
+    }  # fmt: skip
     saved = json.loads((run / "train.json").read_text())
     assert saved["visibility"] == "past"
     assert len(saved["steps"]) == 12
