@@ -7,17 +7,16 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
 from hici.adapters.file_names import RECORD_FILE
 from hici.adapters.lora import add_lora, trainable_parameters
 from hici.adapters.save import save_pretrained
-from hici.data.documents import Document, load_documents
-from hici.data.packing import content_hash, pack, split_documents
+from hici.data.packing import collate
+from hici.data.prepare import DataOptions, PreparedData, prepare
 from hici.files import check_target, write_json
 from hici.machine import peak_memory
 from hici.models.attach import attach
@@ -28,17 +27,9 @@ from hici.provenance import provenance
 from hici.report.training import plot_training
 from hici.rope import check_context, extend_rope
 from hici.train.recipe import SCHEDULES, Recipe
-from hici.train.trainer import HiCITrainer, LanguageModel, Sequences
+from hici.train.trainer import HiCITrainer, LanguageModel
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingData(NamedTuple):
-    """Packed sequences [n, T] for training and held out, and where they came from."""
-
-    train: np.ndarray
-    heldout: np.ndarray
-    summary: dict[str, Any]
 
 
 def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
@@ -53,7 +44,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     _refuse_several_processes()
     set_seed(recipe.seed)
     tokenizer, model = load_base(recipe)
-    data = prepare_data(recipe, tokenizer, model.config.vocab_size)
+    data = prepare_data(recipe, tokenizer, model.config.vocab_size, progress=progress)
     model = prepare_model(recipe, model)
     with tempfile.TemporaryDirectory(prefix="hici-train-") as scratch:
         trainer = make_trainer(recipe, model, data, scratch, progress=progress)
@@ -108,34 +99,36 @@ def load_base(recipe: Recipe) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any, vocab_size: int) -> TrainingData:
-    """Documents, the held-out split by document, and packed sequences."""
-    documents = load_documents(recipe.data, tokenizer, vocab_size=vocab_size, text_key=recipe.text_key)
-    if recipe.heldout_data is not None:
-        training = documents
-        heldout = load_documents(recipe.heldout_data, tokenizer, vocab_size=vocab_size, text_key=recipe.text_key)
-        _refuse_overlap(training, heldout)
-    else:
-        training, heldout = split_documents(documents, recipe.heldout_fraction if recipe.heldout_windows else 0.0)
-    length, eos = recipe.context_length, tokenizer.eos_token_id
-    packed = pack(training, length, eos, seed=recipe.seed)
-    windows = np.zeros((0, length), dtype=np.int64)
-    if recipe.heldout_windows:
-        what = f"the held-out part (heldout_fraction {recipe.heldout_fraction}, heldout_data or heldout_windows 0 help)"
-        windows = pack(heldout, length, eos, seed=recipe.seed, what=what)[: recipe.heldout_windows]
+def prepare_data(recipe: Recipe, tokenizer: Any, vocab_size: int, *, progress: bool = False) -> PreparedData:
+    """The recipe's data, tokenised, split and packed (`hici.data.prepare`)."""
+    data = prepare(data_options(recipe), tokenizer, vocab_size=vocab_size, progress=progress)
     needed = recipe.max_steps * recipe.batch_size * recipe.gradient_accumulation_steps
-    if needed > len(packed):
-        logger.warning("%d sequences are needed but there are %d: they repeat", needed, len(packed))
-    summary = {
-        "documents": len(training),
-        "heldout_documents": len(heldout),
-        "sequences": len(packed),
-        "tokens": sum(len(d.tokens) for d in training),
-        "tokens_outside_of_whole_sequences": sum(len(d.tokens) + (eos is not None) for d in training) - packed.size,
-        "heldout_windows": len(windows),
-        "heldout_sources": [d.source for d in heldout],
-    }
-    return TrainingData(packed, windows, summary)
+    if needed > len(data.train):
+        logger.warning("%d sequences are needed but there are %d: they repeat", needed, len(data.train))
+    return data
+
+
+def data_options(recipe: Recipe) -> DataOptions:
+    """The recipe's keys about data."""
+    return DataOptions(
+        sources=recipe.data,
+        length=recipe.context_length,
+        seed=recipe.seed,
+        data_format=recipe.data_format,
+        text_key=recipe.text_key,
+        packing=recipe.packing,
+        prompt=recipe.prompt,
+        overlong=recipe.overlong,
+        heldout_sources=recipe.heldout_data,
+        heldout_fraction=recipe.heldout_fraction,
+        heldout_windows=recipe.heldout_windows,
+        hub_split=recipe.hub_split,
+        hub_config=recipe.hub_config,
+        streaming=recipe.streaming,
+        max_documents=recipe.max_documents,
+        token_cache=recipe.token_cache,
+        workers=recipe.data_workers,
+    )
 
 
 def prepare_model(recipe: Recipe, model: Any) -> Any:
@@ -157,7 +150,7 @@ def prepare_model(recipe: Recipe, model: Any) -> Any:
     return wrapped
 
 
-def make_trainer(recipe: Recipe, model: Any, data: TrainingData, scratch: str, *, progress: bool) -> HiCITrainer:
+def make_trainer(recipe: Recipe, model: Any, data: PreparedData, scratch: str, *, progress: bool) -> HiCITrainer:
     """The Trainer of a recipe; it writes nothing itself."""
     arguments = TrainingArguments(
         output_dir=scratch,
@@ -188,14 +181,15 @@ def make_trainer(recipe: Recipe, model: Any, data: TrainingData, scratch: str, *
     return HiCITrainer(
         model=LanguageModel(model),
         args=arguments,
-        train_dataset=Sequences(data.train),
-        eval_dataset=Sequences(data.heldout),
+        train_dataset=data.train,
+        eval_dataset=data.heldout,
+        data_collator=collate,
         hici_learning_rate=recipe.hici_learning_rate,
         clips={"hici": recipe.hici_max_grad_norm, "other": recipe.max_grad_norm},
     )
 
 
-def training_facts(recipe: Recipe, data: TrainingData, log: list[dict[str, Any]]) -> dict[str, Any]:
+def training_facts(recipe: Recipe, data: PreparedData, log: list[dict[str, Any]]) -> dict[str, Any]:
     """What the model card says about the training."""
     losses = [entry["loss"] for entry in log if "loss" in entry]
     sequences = recipe.batch_size * recipe.gradient_accumulation_steps
@@ -237,17 +231,6 @@ def _check_output(output: Path, recipe: Recipe) -> None:
             raise ValueError(
                 f"{file} exists, and nothing is overwritten silently; give another output_dir or --overwrite true"
             )
-
-
-def _refuse_overlap(training: list[Document], heldout: list[Document]) -> None:
-    """The same text on both sides would make the held-out loss one of training."""
-    trained = {content_hash(document): document.source for document in training}
-    both = [(trained[content_hash(d)], d.source) for d in heldout if content_hash(d) in trained]
-    if both:
-        raise ValueError(
-            f"{len(both)} held-out documents are in the training data too, the first one as {both[0][0]} and "
-            f"{both[0][1]}; take them out of data or of heldout_data"
-        )
 
 
 def _refuse_several_processes() -> None:
