@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from hici.data.encoder import Encoder
@@ -133,7 +134,7 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path) -> None:
     try:
         with atomic_file(path) as temporary:
             save_file(arrays, temporary, metadata={_DIGEST: _digest(arrays)})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"the token cache {path.parent.parent} cannot be written ({error}); make room, or give another place with "
             "token_cache"

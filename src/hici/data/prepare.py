@@ -131,6 +131,12 @@ def prepare(options: DataOptions, tokenizer: Any, *, vocab_size: int, progress: 
         training, heldout = split_documents(fitted[0].documents, fraction)
     eos = tokenizer.eos_token_id
     train = _rows(training, options, eos, "the data")
+    longest = int(training.size.max())
+    if not isinstance(train, PackedRows) and longest < options.length:
+        logger.warning(
+            "every document is shorter than the context of %d tokens (the longest has %d), so no row is as long as it: "
+            "give longer documents, a shorter context_length, or for text packing: packed", options.length, longest,
+        )  # fmt: skip
     what = f"the held-out part (heldout_fraction {options.heldout_fraction}, heldout_data or heldout_windows 0 help)"
     held = _rows(heldout, options, eos, what, limit=options.heldout_windows)
     fingerprint = _fingerprint(options, encoder, training, heldout)
@@ -181,13 +187,6 @@ def _rows(documents: Documents, options: DataOptions, eos: int | None, what: str
             if isinstance(rows, PackedRows)
             else f"{what} has {len(documents)} documents and no row of two tokens; give more data"
         )
-    longest = int(documents.size.max(initial=0))
-    if not isinstance(rows, PackedRows) and len(rows) and longest < length:
-        logger.warning(
-            "every document of %s is shorter than the context of %d tokens (the longest has %d), so no row is as long "
-            "as it: give longer documents, a shorter context_length, or for text packing: packed",
-            what, length, longest,
-        )  # fmt: skip
     return rows
 
 

@@ -57,8 +57,8 @@ def check_prompt(prompt: str, tokenizer: Any) -> None:
         raise ValueError(suggest(prompt, PROMPTS, "prompt"))
     if prompt == "chat" and not _has_template(tokenizer):
         raise ValueError(
-            "prompt 'chat' needs a chat template, and the tokenizer has none; use prompt: alpaca or llama2, or the "
-            "tokenizer of the instruction-tuned model"
+            "prompt 'chat' (for messages 'auto' too) needs a chat template, and the tokenizer has none; use prompt: "
+            "alpaca or llama2, or the tokenizer of the instruction-tuned model"
         )
 
 
@@ -134,18 +134,13 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Any, place: str) -> R
         ValueError: the template refuses the messages, or does not render the beginning of a conversation as the
             beginning of the whole.
     """
-    render = lambda count, ask: _apply(tokenizer, messages[:count], ask, place)  # noqa: E731
-    text = render(len(messages), False)
-    answers, position, user, close = [], 0, (0, 0), False
+    text = _apply(tokenizer, messages, False, place)
+    answers, close = [], False
     for number, message in enumerate(messages):
-        if message["role"] == "user":
-            content = message["content"].strip()
-            start = text.find(content, position)
-            if start >= 0 and len(content) > user[1] - user[0]:
-                user = (start, start + len(content))
         if message["role"] != "assistant":
             continue
-        before, through = render(number, True), render(number + 1, False)
+        before = _apply(tokenizer, messages[:number], True, place)
+        through = _apply(tokenizer, messages[: number + 1], False, place)
         if not (through.startswith(before) and text.startswith(through)):
             raise ValueError(
                 f"{place}: the tokenizer's chat template does not render the first {number + 1} messages as the "
@@ -155,8 +150,19 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Any, place: str) -> R
         end, close = _answer_end(through, len(before), tokenizer)
         if message["content"].strip():
             answers.append((len(before), end))
-        position = len(through)
-    return Rendered(text, answers, user, close and bool(answers) and answers[-1][1] == len(text))
+    close = close and answers[-1][1] == len(text)
+    return Rendered(text, answers, _longest_of_user(messages, text, tokenizer, place), close)
+
+
+def _longest_of_user(messages: list[dict[str, str]], text: str, tokenizer: Any, place: str) -> tuple[int, int]:
+    """Where the user's longest message stands in the rendered conversation; (0, 0): changed by the template."""
+    asked = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    longest = max(asked, key=lambda number: len(messages[number]["content"]))
+    content = messages[longest]["content"].strip()
+    # the last place in the conversation up to it: the same words may stand in a message before
+    start = _apply(tokenizer, messages[: longest + 1], False, place).rfind(content)
+    end = start + len(content)
+    return (start, end) if start >= 0 and text[start:end] == content else (0, 0)
 
 
 def _answer_end(through: str, start: int, tokenizer: Any) -> tuple[int, bool]:
@@ -173,8 +179,6 @@ def _special_tokens(tokenizer: Any) -> list[str]:
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], ask: bool, place: str) -> str:
-    if not messages:
-        return ""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
     except jinja2.TemplateError as error:

@@ -24,7 +24,7 @@ def text_of(record: Record, key: str) -> str:
         return record.value
     if key not in record.value:
         raise ValueError(
-            f"{record.place} has no text under {key!r} (it has: {', '.join(map(str, record.value))}); "
+            f"{record.place} has no text under {key!r}: "
             + suggest(key, map(str, record.value), "column", "Name the text's column with text_key.")
         )
     value = record.value[key]
@@ -63,8 +63,7 @@ def sample_of(record: Record) -> dict[str, Any] | None:
 def _column(value: dict[str, Any], key: str, place: str) -> str:
     if key not in value:
         raise ValueError(
-            f"{place} has no column {key!r} (it has: {', '.join(map(str, value))}); an instruction sample has "
-            "instruction, output and perhaps input, or messages; "
+            f"{place} is no instruction sample, which has instruction, output and perhaps input, or messages: "
             + suggest(key, map(str, value), "column", "Rename it, or use data_format: text.")
         )
     if value[key] is not None and not isinstance(value[key], str):
@@ -75,7 +74,7 @@ def _column(value: dict[str, Any], key: str, place: str) -> str:
 
 
 def _list(value: Any, place: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise ValueError(
             f"{place}: messages is {type(value).__name__}, but it is a list of role and content; correct it"
         )
