@@ -239,8 +239,26 @@ def test_the_fingerprint_of_instruction_data(prepared, write, chat, make_tokeniz
     make = lambda tokenizer, **change: prepared(path, tokenizer=tokenizer, **{**base, **change}).fingerprint  # noqa: E731
     plain = make(chat)
     assert make(chat, packing="document") == make(chat, overlong="shorten") == plain  # nothing is over-long
-    others = [make(chat, prompt="alpaca"), make(chat, prompt="llama2"), make(make_tokenizer(" " + chat.chat_template))]
+    others = [
+        make(chat, prompt="alpaca"),
+        make(chat, prompt="llama2"),
+        make(make_tokenizer("Hi. " + chat.chat_template)),
+    ]
     assert len({plain, *others}) == 4
+
+
+def test_the_fingerprint_knows_what_is_learned(prepared, write):
+    """The same tokens, and an answer that begins elsewhere."""
+    samples = [
+        {"instruction": "q", "output": "a\n\n### Response:b"},
+        {"instruction": "q\n\n### Response:a", "output": "b"},
+    ]
+    one, other = (
+        prepared(write(f"{i}.jsonl", [sample]), data_format="instruction", length=300, prompt="alpaca")
+        for i, sample in enumerate(samples)
+    )
+    assert rows(one) == rows(other)
+    assert one.fingerprint != other.fingerprint
 
 
 def test_padding_of_another_call_is_no_part_of_the_tokenizer(make_tokenizer):

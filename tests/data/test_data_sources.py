@@ -106,6 +106,7 @@ def test_token_files(prepared, tokenizer, tmp_path, vocab_size, dtype):
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', r"a\.jsonl:2 has no text under 'text'.*known: txt.*mean 'txt'"),
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1 holds int under 'text', but a document is text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\\ud83d"}', r"a\.jsonl:2 holds '.ud83d', half of a surrogate pair"),
         ("a.jsonl", b"{", r"a\.jsonl:1 is not JSON"),
         ("a.jsonl", b'["a"]', r"a\.jsonl:1 is list, but every record is an object"),
         ("a.jsonl", b'{"text": " "}\n{"text": null}', "gives no token.*2 empty records"),

@@ -48,7 +48,7 @@ class Shard(NamedTuple):
         path: of the file.
         starts: first token of each document, and behind the last: int64 [D + 1].
         which: which of the piece's documents each one is: int64 [D].
-        hashes: SHA-256 of each document's tokens as int64: uint8 [D, 32].
+        hashes: SHA-256 of each document's tokens as int64, of a sample's kinds too: uint8 [D, 32].
         answers, user: answer tokens, and tokens that may be shortened, of each one: int64 [D].
         highest: highest token id of each one: int64 [D].
     """
@@ -117,7 +117,10 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path) -> None:
     which = [i for i, document in enumerate(encoded) if len(document.ids)]
     ids = [encoded[i].ids for i in which]
     kinds = [encoded[i].kinds for i in which]
-    hashes = b"".join(hashlib.sha256(row.astype("<i8").tobytes()).digest() for row in ids)
+    hashes = b"".join(
+        hashlib.sha256(row.astype("<i8").tobytes() + kind.tobytes()).digest()
+        for row, kind in zip(ids, kinds, strict=True)
+    )
     highest = np.array([row.max() for row in ids], dtype=np.int64)
     small = max(len(encoder.tokenizer), int(highest.max(initial=0)) + 1) <= UINT16_VOCABULARY
     joined = np.concatenate([np.zeros(0, dtype=np.int64), *ids])

@@ -68,7 +68,7 @@ class Documents:
         store: their tokens.
         file, start, size: file in the store, first token in it, and number of tokens (without EOS).
         number: of the record in its file or data set.
-        hashes: SHA-256 of the tokens as int64: uint8 [D, 32].
+        hashes: SHA-256 of the tokens as int64, of a sample's kinds too: uint8 [D, 32].
         answers, user: instruction samples: tokens of answers, and of the user's message that may be shortened.
         highest: the highest token id.
     """
@@ -104,7 +104,7 @@ class Documents:
         return np.array(self._part("kinds", i, 0, None))
 
     def digest(self, i: int) -> bytes:
-        """SHA-256 of its tokens as int64."""
+        """Its row of `hashes`."""
         return self.hashes[i].tobytes()
 
     def _part(self, name: str, i: int, start: int, stop: int | None) -> np.ndarray:

@@ -139,7 +139,7 @@ def prepare(options: DataOptions, tokenizer: Any, *, vocab_size: int, progress: 
         )  # fmt: skip
     what = f"the held-out part (heldout_fraction {options.heldout_fraction}, heldout_data or heldout_windows 0 help)"
     held = _rows(heldout, options, eos, what, limit=options.heldout_windows)
-    fingerprint = _fingerprint(options, encoder, training, heldout)
+    fingerprint = _fingerprint(options, eos, training, heldout)
     return PreparedData(train, held, _summary(options, train, held, fitted, fingerprint), fingerprint)
 
 
@@ -190,12 +190,15 @@ def _rows(documents: Documents, options: DataOptions, eos: int | None, what: str
     return rows
 
 
-def _fingerprint(options: DataOptions, encoder: Encoder, training: Documents, heldout: Documents) -> str:
-    """SHA-256 of all that decides the rows: the same for the same documents under other names or from another cache."""
+def _fingerprint(options: DataOptions, eos: int | None, training: Documents, heldout: Documents) -> str:
+    """SHA-256 of all that decides the rows: the same for the same documents under other names or from another cache.
+
+    Tokenizer and prompt are in it by what they made of the documents, `overlong` by what it left of them.
+    """
     facts: dict[str, Any] = {name: getattr(options, name) for name in ("length", "seed", "heldout_windows")}
     if options.data_format != INSTRUCTION:
-        facts["packing"] = options.packing
-    facts |= {"encoder": encoder.fingerprint(), "documents": [len(training), len(heldout)]}
+        facts |= {"packing": options.packing, "eos": eos}
+    facts["documents"] = [len(training), len(heldout)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for side in (training, heldout):
         digest.update(np.ascontiguousarray(side.hashes).data)

@@ -33,7 +33,7 @@ def text_of(record: Record, key: str) -> str:
             f"{record.place} holds {type(value).__name__} under {key!r}, but a document is text; name the text's "
             "column with text_key, or use data_format: instruction"
         )
-    return value if value is not None and value.strip() else ""
+    return _sound(value, record.place) if value is not None and value.strip() else ""
 
 
 def sample_of(record: Record) -> dict[str, Any] | None:
@@ -70,7 +70,18 @@ def _column(value: dict[str, Any], key: str, place: str) -> str:
         raise ValueError(
             f"{place} holds {type(value[key]).__name__} under {key!r}, but text is needed; write it as text"
         )
-    return value[key] or ""
+    return _sound(value[key] or "", place)
+
+
+def _sound(text: str, place: str) -> str:
+    """The text, unless it holds half a letter: JSON can, no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} holds {text[error.start]!r}, half of a surrogate pair and no letter; write the text anew"
+        ) from error
+    return text
 
 
 def _list(value: Any, place: str) -> list[Any]:
@@ -89,7 +100,7 @@ def _message(message: Any, place: str) -> dict[str, str]:
         raise ValueError(f"{place}: " + suggest(str(role), ROLES, "role of a message", "Rename or remove it."))
     if not isinstance(content, str):
         raise ValueError(f"{place}: the content of a message is {type(content).__name__}, but it is text; correct it")
-    return {"role": role, "content": content}
+    return {"role": role, "content": _sound(content, place)}
 
 
 def _check_turns(messages: list[dict[str, str]], place: str) -> None:
