@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoConfig
 
-from hici.data.documents import load_documents
+from hici.data.sources import resolve
 from hici.presets import load_preset
 from hici.rope import extended_rope
 from hici.train.recipe import Recipe, load_recipe, recipe_from_dict
@@ -115,7 +115,7 @@ def test_published_hyperparameters(name):
 def test_data_that_was_not_set_is_named(name):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     with pytest.raises(ValueError, match="SET-ME/long-documents.jsonl"):
-        load_documents(recipe.data, None, vocab_size=32000)
+        resolve(recipe.data)
 
 
 def test_the_instruction_recipe():

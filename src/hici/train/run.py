@@ -15,6 +15,8 @@ from transformers import TrainingArguments, set_seed
 
 from hici.adapters.lora import trainable_parameters
 from hici.adapters.save import save_pretrained
+from hici.data.packing import Rows, collate
+from hici.data.prepare import PreparedData
 from hici.files import write_json
 from hici.machine import peak_memory
 from hici.models.attach import reconfigure
@@ -25,11 +27,11 @@ from hici.report.runs import read_run
 from hici.report.training import plot_training
 from hici.train.checkpoint import CheckpointStore, Identity, step_of
 from hici.train.heldout import heldout_losses, row_loss
-from hici.train.order import Rows, TrainingOrder
+from hici.train.order import TrainingOrder
 from hici.train.output import ADAPTER, check_output, check_space, remove_old_results, training_facts
 from hici.train.processes import local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import SCHEDULES, Recipe
-from hici.train.rows import TrainingData, prepare_data
+from hici.train.rows import prepare_data
 from hici.train.setup import (
     attached_config,
     autocast_dtype,
@@ -74,7 +76,7 @@ def train(
     with only_run_in(output) if first else contextlib.nullcontext():
         set_seed(recipe.seed)
         tokenizer, model = load_base(recipe)
-        data = prepare_data(recipe, tokenizer, model.config.vocab_size)
+        data = prepare_data(recipe, tokenizer, model.config.vocab_size, progress=progress and first)
         check_processes(recipe, data)
         base_loss = base_loss_of(recipe, model, data.train)
         model = prepare_model(recipe, model)
@@ -103,7 +105,7 @@ def rows_a_step(recipe: Recipe) -> int:
     return recipe.batch_size * recipe.gradient_accumulation_steps * world_size()
 
 
-def check_processes(recipe: Recipe, data: TrainingData) -> None:
+def check_processes(recipe: Recipe, data: PreparedData) -> None:
     """Raise ValueError when a step would give two processes the same sequence; say when sequences repeat at all."""
     rows, needed = len(data.train), recipe.max_steps * rows_a_step(recipe)
     if world_size() > 1 and rows < recipe.batch_size * world_size():
@@ -115,7 +117,7 @@ def check_processes(recipe: Recipe, data: TrainingData) -> None:
         logger.warning("%d sequences are needed but there are %d: they repeat", needed, rows)
 
 
-def checkpoint_store(recipe: Recipe, output: Path, model: Any, data: TrainingData) -> CheckpointStore:
+def checkpoint_store(recipe: Recipe, output: Path, model: Any, data: PreparedData) -> CheckpointStore:
     """Where the run's checkpoints lie, and what it is known by."""
     base = get_decoder(model).hici_attached.base_fingerprint
     identity = Identity(recipe.to_dict(), data.fingerprint, base, rows_a_step(recipe))
@@ -125,7 +127,7 @@ def checkpoint_store(recipe: Recipe, output: Path, model: Any, data: TrainingDat
 def make_trainer(
     recipe: Recipe,
     model: Any,
-    data: TrainingData,
+    data: PreparedData,
     scratch: str,
     *,
     store: CheckpointStore | None = None,
@@ -172,6 +174,7 @@ def make_trainer(
     return HiCITrainer(
         model=LanguageModel(model, autocast_dtype(recipe)),
         args=arguments,
+        data_collator=collate,
         train_dataset=TrainingOrder(data.train, recipe.max_steps * rows_a_step(recipe), recipe.seed),
         settings=Settings(
             hici_learning_rate=recipe.hici_learning_rate,
@@ -213,7 +216,7 @@ def base_loss_of(recipe: Recipe, model: Any, rows: Rows) -> float | None:
 
 
 def before_first_step(
-    recipe: Recipe, trainer: HiCITrainer, data: TrainingData, base_loss: float | None
+    recipe: Recipe, trainer: HiCITrainer, data: PreparedData, base_loss: float | None
 ) -> dict[str, Any]:
     """Losses before anything was trained: held out, and on the first training row beside the base's.
 
@@ -246,7 +249,7 @@ def before_first_step(
 
 
 def finish(
-    recipe: Recipe, output: Path, trainer: HiCITrainer, data: TrainingData, tokenizer: Any, trackers: Trackers
+    recipe: Recipe, output: Path, trainer: HiCITrainer, data: PreparedData, tokenizer: Any, trackers: Trackers
 ) -> dict[str, Any]:
     """After the last step: held-out losses, the adapter, train.json and train.png (the first process writes)."""
     model = trainer.language_model
