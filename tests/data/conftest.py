@@ -67,9 +67,8 @@ def write(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".parquet") and isinstance(content, list):
-            import pyarrow
-            import pyarrow.parquet
-
+            pyarrow = pytest.importorskip("pyarrow")
+            pytest.importorskip("pyarrow.parquet")
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
         elif isinstance(content, list):
             lines = [json.dumps(record) for record in content]

@@ -51,6 +51,7 @@ def parts(sample, tokenizer, prompt):
         ("alpaca", {**WITH_INPUT, "input": "a long input {input}"},
          "### Instruction:\nAdd {input} to it.\n\n### Input:\na long input {input}\n\n### Response:",
          "a long input {input}"),
+        ("llama2", {**SAMPLE, "input": " " * 90}, "[INST] Add {input} to it. [/INST]", "Add {input} to it."),
         ("llama2", SAMPLE, "[INST] Add {input} to it. [/INST]", "Add {input} to it."),
         ("llama2", WITH_INPUT, "[INST] Add {input} to it.\n1, 2 [/INST]", "Add {input} to it."),
     ],
@@ -62,7 +63,7 @@ def test_fixed_prompts_learn_the_answer_and_eos(prompt, sample, text, user, bos,
     assert shortened == user
     assert whole.startswith("<s>") == bos
     assert whole.count("<s>") == bos
-    assert ("paired with an input" in whole) == (prompt == "alpaca" and bool(sample["input"]))
+    assert ("paired with an input" in whole) == (prompt == "alpaca" and sample["input"] != "")
 
 
 def test_chatml_learns_every_turn_of_the_assistant(chat):

@@ -136,8 +136,8 @@ def test_a_cut_parquet_file(prepared, write):
 
 
 def test_an_empty_parquet_file(prepared, tmp_path):
-    import pyarrow.parquet
-
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet is empty"):
         prepared(tmp_path / "a.parquet")

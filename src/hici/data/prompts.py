@@ -102,8 +102,9 @@ def _as_messages(sample: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _render_template(sample: dict[str, Any], templates: tuple[str, str]) -> Rendered:
-    template = templates[bool(sample["input"].strip())]
-    longest = max(("instruction", "input"), key=lambda name: len(sample[name]))
+    with_input = bool(sample["input"].strip())
+    template = templates[with_input]
+    longest = "input" if with_input and len(sample["input"]) > len(sample["instruction"]) else "instruction"
     before, _, behind = template.partition("{" + longest + "}")
     head, tail = _fill(before, sample), _fill(behind, sample)
     text = head + sample[longest] + tail
