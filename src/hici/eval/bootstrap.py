@@ -70,7 +70,7 @@ def paired_bootstrap(
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"resamples={resamples}, confidence={confidence}; give >= 1, and a number in (0, 1)")
     difference_RW = a - b
-    runs, windows = difference_RW.shape
+    windows = difference_RW.shape[1]
     interval = None
     if windows > 1:
         tail = NormalDist().cdf(-math.sqrt(windows / (windows - 1)) * t_quantile(confidence, windows - 1))
