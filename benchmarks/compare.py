@@ -253,11 +253,10 @@ class Comparison:
         """The results of `train`, --jobs at a time. Hours of work are never thrown away by a changed option."""
         for job in jobs:
             folder, spec = self.training(job)
-            if (folder / "trained.json").exists() and read_json(folder / "trained.json")["spec"] != spec_key(spec):
-                raise ValueError(
-                    f"{folder} was made with other settings ({changed(folder / 'trained-spec.json', spec)}); give the "
-                    "same, or another --scratch"
-                )
+            begun = folder / "trained-spec.json"
+            if begun.exists() and (differences := changed(read_json(begun), spec)):
+                raise ValueError(f"{folder} was begun with other settings ({differences}); give the same, or another "
+                                 "--scratch")  # fmt: skip
         pool = ThreadPoolExecutor(self.args.jobs)
         try:
             return list(pool.map(self.train, jobs))
@@ -269,7 +268,8 @@ class Comparison:
         (method, seed), args = job, self.args
         folder = self.runs_folder / (f"profile-{method}" if profile else f"{method}-seed{seed}")
         recipe = make_recipe(self.shared, method, seed, base=self.base, data=self.data.train, context=args.context,
-                             steps=profile or self.steps[method], output=folder / "train")  # fmt: skip
+                             steps=profile or self.steps[method], output=folder / "train",
+                             profile=bool(profile))  # fmt: skip
         return folder, {"recipe": recipe.to_dict(), "data": self.data.facts["sha256"]}
 
     def train(self, job: tuple[str, int], profile: int = 0) -> dict[str, Any] | None:
@@ -306,7 +306,9 @@ class Comparison:
         code = start_worker(task, spec_file, result_file, log)
         if code or not result_file.exists():
             with self.lock:
-                self.failures.append(f"{folder.name}: {task} failed: {last_line(log, code)}")
+                self.failures.append(
+                    f"{folder.name}: {task} failed: {last_line(log, code)} in {log.relative_to(self.args.scratch)}"
+                )
                 self.say(self.failures[-1])
             return None
         result = dict(read_json(result_file))
@@ -370,11 +372,9 @@ def start_worker(task: str, spec_file: Path, result_file: Path, log: Path) -> in
         return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
 
 
-def changed(spec_file: Path, spec: dict[str, Any]) -> str:
-    """Which keys of a spec differ from the one in a file."""
-    if not spec_file.is_file():
-        return "unknown"
-    old, new = _flat(read_json(spec_file)), _flat(spec)
+def changed(before: dict[str, Any], spec: dict[str, Any]) -> str:
+    """Which keys of two specs differ; empty: none."""
+    old, new = _flat(before), _flat(spec)
     keys = [key for key in {**old, **new} if key not in ("recipe", "hici") and old.get(key) != new.get(key)]
     return ", ".join(f"{key}: {old.get(key)} then, {new.get(key)} now" for key in keys)
 
@@ -386,7 +386,7 @@ def _flat(spec: dict[str, Any]) -> dict[str, Any]:
 
 def last_line(log: Path, code: int) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"{lines[-1].strip() if lines else 'no output'} (exit code {code}, {log})"
+    return f"{lines[-1].strip() if lines else 'no output'} (exit code {code})"
 
 
 if __name__ == "__main__":

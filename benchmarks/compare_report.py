@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from compare_setup import METHODS
 from hici.eval.bootstrap import paired_bootstrap
 from hici.report.figures import new_figure, save_figure
 
@@ -48,7 +49,7 @@ class Series(NamedTuple):
 
 
 def make_series(runs: Sequence[dict[str, Any]], baselines: dict[str, list[dict[str, Any]]]) -> list[Series]:
-    """Baselines first, then methods in the order of their runs; a series for each attention measured.
+    """Baselines first, then methods in full attention, then those in their own.
 
     Args:
         runs: `method`, `seed` and `evaluations` (`Perplexity.to_dict`) of each.
@@ -73,7 +74,8 @@ def make_series(runs: Sequence[dict[str, Any]], baselines: dict[str, list[dict[s
         full_name = name if attention == "full" else f"{name}, in {attention} attention"
         place = series.setdefault(full_name, Series(full_name, method, attention, {}))
         place.losses.setdefault(length, {})[seed] = each["losses"]
-    return sorted(series.values(), key=lambda one: (one.method is not None, one.attention != "full"))
+    order = (None, *METHODS)
+    return sorted(series.values(), key=lambda one: (one.attention != "full", order.index(one.method)))
 
 
 def check_same_data(runs: Sequence[dict[str, Any]]) -> list[str]:

@@ -26,7 +26,7 @@ OWN_KEYS = {
     "model": "--model", "data": "--books", "output_dir": "--scratch", "context_length": "--context",
     "method": "--methods", "max_steps": "--steps", "seed": "--seeds", "hici.visibility": "--methods",
     "heldout_data": "--test-book", "heldout_fraction": "--test-book", "heldout_windows": "--eval-windows",
-    "save_steps": "--resume", "overwrite": "--resume", "segment_counts": "--hici.segment_size",
+    "overwrite": "--resume", "segment_counts": "--hici.segment_size",
 }  # fmt: skip
 SHARED_RECIPE = Path(__file__).with_name("compare.yaml")
 _CONFIG, _TOKENIZER_FILES = "config.json", ("tokenizer.json", "tokenizer_config.json", "config.json")
@@ -184,16 +184,21 @@ def shared_values(overrides: Sequence[str], context: int) -> dict[str, Any]:
 
 
 def make_recipe(
-    shared: dict[str, Any], method: str, seed: int, *, base: Path, data: Path, context: int, steps: int, output: Path
-) -> Recipe:
-    """The recipe of one run. Nothing but `method` and hici.visibility differs between methods."""
+    shared: dict[str, Any], method: str, seed: int, *, base: Path, data: Path, context: int, steps: int, output: Path,
+    profile: bool = False,
+) -> Recipe:  # fmt: skip
+    """The recipe of one run. Nothing but `method` and hici.visibility differs between methods.
+
+    `profile`: a short run for its time alone, without checkpoints.
+    """
     hici = dict(shared["hici"])
     if method.startswith(HICI_PREFIX):
         hici["visibility"] = method.removeprefix(HICI_PREFIX)
     return recipe_from_dict({
         **shared, "hici": hici, "method": "hici" if method.startswith(HICI_PREFIX) else method, "seed": seed,
         "model": str(base.resolve()), "data": [str(data.resolve())], "context_length": context, "max_steps": steps,
-        "output_dir": str(output.resolve()), "heldout_windows": 0, "save_steps": 0, "overwrite": True,
+        "output_dir": str(output.resolve()), "heldout_windows": 0, "overwrite": True,
+        **({"save_steps": 0} if profile else {}),
     })  # fmt: skip
 
 

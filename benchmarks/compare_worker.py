@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
+import json
 import os
 import sys
 import time
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_setup import spec_key
-from hici.files import read_json, write_json
+from hici.files import read_json, write_json, write_text
 
 
 def main() -> None:
@@ -34,17 +36,33 @@ def main() -> None:
 class StepRecorder:
     """Time and tokens of every optimizer step, taken from outside of the trainer, by torch's own hooks.
 
-    `begin`, `seconds`: when the first step began, and how long each took (a GPU's work included); `seen`: SHA-256 over
-    the token ids that went into the embeddings in each step; `tokens`: how many they were.
+    A line of `file` a step: its number by the optimizer's count, `seconds` (a GPU's work included; the next one's hold
+    the time of a checkpoint), `seen` (a hash over the token ids that went into the embeddings) and `tokens` (how many
+    they were). A run that goes on from a checkpoint goes on in the same file; a step that was made again counts once.
     """
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.seen: list[str] = []
-        self.tokens = 0
+    def __init__(self, file: Path, *, resume: bool) -> None:
+        self.file = file
         self.parent = os.getppid()
         self._last: float | None = None
-        self._hash = hashlib.sha256()
+        self._hash, self._tokens = hashlib.sha256(), 0
+        write_text(file, "".join(f"{json.dumps(line)}\n" for line in self.lines()) if resume else "")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The whole lines of the file; the last one may be cut where a process was killed."""
+        found = []
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found
+
+    def steps(self, count: int) -> list[dict[str, Any]]:
+        """Steps 1 to `count`. Raises ValueError when one is missing, or there are others."""
+        by_number = {line["step"]: line for line in self.lines()}
+        if sorted(by_number) != list(range(1, count + 1)):
+            raise ValueError(f"optimizer steps {sorted(by_number)} were seen, but max_steps={count}; train anew in "
+                             "another --scratch")  # fmt: skip
+        return [by_number[step] for step in range(1, count + 1)]
 
     def see(self, module: Any, inputs: tuple[Any, ...]) -> None:
         """Before every module's forward pass: what the embeddings get in training."""
@@ -56,22 +74,25 @@ class StepRecorder:
             self._last = time.perf_counter()
         ids = inputs[0].detach().cpu().contiguous().long()
         self._hash.update(ids.numpy().tobytes())
-        self.tokens += ids.numel()
+        self._tokens += ids.numel()
 
-    def end_step(self, *args: Any) -> None:
+    def end_step(self, optimizer: Any, *args: Any) -> None:
         """After every step of an optimizer."""
         import torch
 
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         if os.getppid() != self.parent:  # it was killed; started again, it would run this training twice at once
             sys.exit("compare.py is gone: stopped")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         assert self._last is not None, "an optimizer step without tokens"
-        self.seconds.append(now - self._last)
-        self.seen.append(self._hash.hexdigest()[:16])
-        self._last, self._hash = now, hashlib.sha256()
-        print(f"step {len(self.seconds)}: {self.seconds[-1]:.2f} s", flush=True)
+        number = int(next(iter(optimizer.state.values()))["step"])
+        line = {"step": number, "seconds": now - self._last, "seen": self._hash.hexdigest()[:16],
+                "tokens": self._tokens}  # fmt: skip
+        with self.file.open("a", encoding="utf-8") as opened:
+            opened.write(f"{json.dumps(line)}\n")
+        self._last, self._hash, self._tokens = now, hashlib.sha256(), 0
+        print(f"step {number}: {line['seconds']:.2f} s", flush=True)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -95,26 +116,28 @@ def train_one(spec: dict[str, Any]) -> dict[str, Any]:
     from hici.train.recipe import recipe_from_dict
     from hici.train.run import train
 
-    recipe, recorder = recipe_from_dict(spec["recipe"]), StepRecorder()
+    recipe = recipe_from_dict(spec["recipe"])
+    # a profile has no checkpoints, and begins anew
+    resume = recipe.save_steps > 0 and "resume" in inspect.signature(train).parameters
+    recorder = StepRecorder(Path(recipe.output_dir).parent / "steps.jsonl", resume=resume)
     with recorder.recording():
-        result = train(recipe, progress=False)
+        result = train(recipe, progress=False, **({"resume": True} if resume else {}))
     if result["attention"] != recipe.method:
         raise ValueError(
             f"trained in attention {result['attention']!r}, but the recipe's method is {recipe.method!r}: this would "
             "compare something else than it says"
         )
-    if len(recorder.seconds) != recipe.max_steps:
-        raise ValueError(f"{len(recorder.seconds)} optimizer steps were seen, but max_steps={recipe.max_steps}")
+    steps = recorder.steps(recipe.max_steps)
     return {
         "adapter": result["adapter"],
-        "steps": len(recorder.seconds),
-        "tokens": recorder.tokens,
-        "seconds": result["seconds"],
-        "step_seconds": recorder.seconds,
+        "steps": len(steps),
+        "tokens": sum(step["tokens"] for step in steps),
+        "seconds": sum(step["seconds"] for step in steps),
+        "step_seconds": [step["seconds"] for step in steps],
         "peak_memory_bytes": result["peak_memory_bytes"],
         "trainable_parameters": result["trainable_parameters"],
         "losses": [entry["loss"] for entry in result["steps"] if "loss" in entry],
-        "seen": recorder.seen,
+        "seen": [step["seen"] for step in steps],
         "made_with": result["made_with"],
     }
 
