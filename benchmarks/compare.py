@@ -334,7 +334,7 @@ class Comparison:
         print(f"\n{text}")
         if self.target is not None:
             self.write(self.target, runs, baselines, cost, found, text)
-            plot(series, self.target.with_suffix(".png"))
+            plot(series, found, self.target.with_suffix(".png"))
             print(f"wrote {self.target}.json, .md and .png")
         return 1 if self.failures else 0
 

@@ -210,7 +210,8 @@ def _difference_cell(found: dict[str, Any]) -> str:
     if found["interval"] is None:
         return f"{found['loss_difference']:+.4f} (one window: no interval, {NOT_DISTINGUISHABLE})"
     low, high = found["interval"]
-    return f"{found['loss_difference']:+.4f} [{low:+.4f}, {high:+.4f}] {found['verdict']}"
+    verdict = {f"{found['a']} lower": "lower", f"{found['minus']} lower": "higher"}.get(found["verdict"])
+    return f"{found['loss_difference']:+.4f} [{low:+.4f}, {high:+.4f}] {verdict or found['verdict']}"
 
 
 def heading(args: argparse.Namespace, made_with: dict[str, Any], facts: dict[str, Any], *, solo: bool) -> str:
@@ -227,10 +228,10 @@ def heading(args: argparse.Namespace, made_with: dict[str, Any], facts: dict[str
         f"{args.eval_windows} a length; the mean of the seeds' losses, each seed in brackets. Seconds a step: median, "
         f"{'in short runs, one at a time' if solo else 'in the trainings'}. GiB: the largest peak of a training's "
         "process (on a GPU: of its allocator).\n"
-        "Differences: nats a token, first minus second, same windows and seeds; 95 % interval of a paired bootstrap "
-        "over windows and seeds, each by itself (of twenty pairs without a difference, about one is beyond it by "
-        f"chance). An interval that holds zero: {NOT_DISTINGUISHABLE}. `{UNTOUCHED}` has its own rope: cutting the "
-        "context by config takes nothing from what it learned at more positions.\n"
+        "Differences: nats a token, first minus second (lower: the first is better), same windows and seeds; 95 % "
+        "interval of a paired bootstrap over windows and seeds, each by itself (of twenty pairs without a difference, "
+        f"about one is beyond it by chance). An interval that holds zero: {NOT_DISTINGUISHABLE}. `{UNTOUCHED}` has its "
+        "own rope: cutting the context by config takes nothing from what it learned at more positions.\n"
         f"Made by `python benchmarks/compare.py {args.command}` at revision {made_with['git_revision']}.\n\n"
     )
 
@@ -238,12 +239,29 @@ def heading(args: argparse.Namespace, made_with: dict[str, Any], facts: dict[str
 # ---- the picture
 
 
-def plot(series: Sequence[Series], target: Path) -> Path:
-    """Perplexity by length, a line a series (the mean of its seeds), each seed a small point of its own."""
-    figure, axes = new_figure(width=8.0, height=5.0)
+def plot(series: Sequence[Series], found: Sequence[dict[str, Any]], target: Path) -> Path:
+    """Left: perplexity by length, the mean of the seeds, and each seed as a small point. Right: what lies between the
+    methods, which the left can hardly show: loss minus that of the first method, with its interval.
+    """
+    figure, (left, right) = new_figure(columns=2, width=6.5, height=5.2)
+    looks = {one.name: LOOKS[i % len(LOOKS)] for i, one in enumerate(series)}
+    lengths = sorted({length for one in series for length in one.losses})
+    _plot_perplexity(left, series, looks)
+    reference = next((one.name for one in series if one.method is not None), None)
+    _plot_differences(right, [each for each in found if each["minus"] == reference], looks, reference)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.xaxis.minorticks_off()
+        axes.set_xlabel("length, tokens")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return save_figure(figure, target)
+
+
+def _plot_perplexity(axes: Any, series: Sequence[Series], looks: dict[str, tuple[str, str, str]]) -> None:
     shown = []
-    for i, one in enumerate(series):
-        color, marker, dash = LOOKS[i % len(LOOKS)]
+    for one in series:
+        color, marker, dash = looks[one.name]
         lengths = sorted(one.losses)
         seeds = [one.perplexities(length) for length in lengths]
         means = [math.exp(sum(map(math.log, each)) / len(each)) for each in seeds]
@@ -251,15 +269,27 @@ def plot(series: Sequence[Series], target: Path) -> Path:
         axes.plot(lengths, means, color=color, marker=marker, linestyle=dash, label=one.name, markersize=7)
         for length, each in zip(lengths, seeds, strict=True):
             axes.plot([length] * len(each), each, color=color, marker=marker, linestyle="", markersize=3, alpha=0.6)
-    lengths = sorted({length for one in series for length in one.losses})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     if max(shown) > 3 * min(shown):  # a base beyond its positions would press all else into one line
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(f"{value:e}")[0] in "235" else "")
-    axes.minorticks_off() if max(shown) <= 3 * min(shown) else axes.xaxis.minorticks_off()
-    axes.set_xlabel("length, tokens")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
     axes.set_ylabel("held-out perplexity (small points: seeds)")
-    figure.legend(loc="outside lower center", ncols=3)
-    return save_figure(figure, target)
+
+
+def _plot_differences(
+    axes: Any, found: Sequence[dict[str, Any]], looks: dict[str, tuple[str, str, str]], reference: str | None
+) -> None:
+    names = list(dict.fromkeys(each["a"] for each in found))
+    axes.axhline(0, color="#444444", linewidth=1)
+    for i, name in enumerate(names):
+        color, marker, _ = looks[name]
+        aside = 2 ** (0.08 * (i - (len(names) - 1) / 2))  # or the bars of one length hide each other
+        own = [each for each in found if each["a"] == name]
+        spans = [each["interval"] or (each["loss_difference"],) * 2 for each in own]
+        axes.errorbar(
+            [each["length"] * aside for each in own], [each["loss_difference"] for each in own],
+            yerr=[[each["loss_difference"] - span[0] for each, span in zip(own, spans, strict=True)],
+                  [span[1] - each["loss_difference"] for each, span in zip(own, spans, strict=True)]],
+            color=color, marker=marker, linestyle="", capsize=3,
+        )  # fmt: skip
+    axes.set_ylabel(f"loss - loss of {reference}, nats (bars: 95 % interval)")

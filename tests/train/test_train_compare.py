@@ -81,7 +81,7 @@ def test_differences_inside_the_interval_are_not_distinguishable_and_others_name
     assert lower["interval"] == paired_bootstrap(a, b).interval
     text = compare_report.difference_table(list(found.values()))
     row = next(line for line in text.splitlines() if line.startswith("| hici-past - full |"))
-    assert row.endswith("hici-past lower |")
+    assert row.endswith("] lower |")
     assert f"{lower['loss_difference']:+.4f} [{lower['interval'][0]:+.4f}, {lower['interval'][1]:+.4f}]" in row
     assert "not distinguishable |" in next(x for x in text.splitlines() if x.startswith("| hici-all - full |"))
 
@@ -92,6 +92,8 @@ def test_the_higher_method_is_never_called_lower(runs):
     found = compare_report.comparisons(compare_report.make_series(swapped, {}))
     verdicts = {(each["a"], each["minus"]): each["verdict"] for each in found}
     assert verdicts["hici-past", "full"] == "full lower"
+    text = compare_report.difference_table(found)
+    assert next(x for x in text.splitlines() if x.startswith("| hici-past - full |")).endswith("] higher |")
 
 
 def test_baselines_pair_with_each_seed_and_own_attention_with_full(runs):
@@ -182,7 +184,8 @@ def test_the_picture_is_written(runs, tmp_path):
     base = {compare_report.UNTOUCHED: [evaluation([9.0, 9.0]), evaluation([10.0], 128)]}
     for each in runs:
         each["evaluations"] = [evaluation([3.0, 3.1]), evaluation([3.2], 128)]
-    target = compare_report.plot(compare_report.make_series(runs, base), tmp_path / "x.png")
+    series = compare_report.make_series(runs, base)
+    target = compare_report.plot(series, compare_report.comparisons(series), tmp_path / "x.png")
     assert target.read_bytes().startswith(b"\x89PNG")
     colors = [look[0] for look in compare_report.LOOKS]
     markers = [look[1] for look in compare_report.LOOKS]
@@ -467,7 +470,8 @@ def test_training_in_another_attention_than_the_recipe_is_refused(monkeypatch, v
 def test_a_benchmark_that_is_killed_goes_on_where_it_was(command, tmp_path):
     """With real processes; the worker of a parent that is gone stops by itself."""
     script = Path(compare.__file__)
-    arguments = [sys.executable, str(script), *command, "--steps", "60", "--eval-lengths", "64", "--seeds", "0"]
+    arguments = [sys.executable, str(script), *command, "--steps", "60", "--save_steps", "10", "--eval-lengths", "64",
+                 "--seeds", "0"]  # fmt: skip
     parent = subprocess.Popen(arguments, start_new_session=True)
     steps = tmp_path / "scratch" / "runs" / "hici-past-seed0" / "steps.jsonl"
     until = time.monotonic() + 120
