@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -45,6 +45,7 @@ from compare_setup import (
     HICI_PREFIX,
     METHODS,
     Data,
+    changed,
     cut_base,
     find_books,
     make_recipe,
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return Comparison(args).run()
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -165,15 +166,7 @@ class Comparison:
         ]
         if problems := check_same_data(runs):
             raise ValueError(f"no comparison at equal data: {'; '.join(problems)}")
-        baselines = {
-            name: self.evaluate(name, {"base": str(self.base.resolve()), "extend_rope": positions,
-                                       "rope": self.shared["rope"]}, [FULL])
-            for name, positions in ((UNTOUCHED, None), (EXTENDED, self.args.context))
-        }  # fmt: skip
-        for run in runs:
-            attentions = [FULL, "hici"] if run["method"] == "hici-past" else [FULL]
-            name = f"{run['method']}-seed{run['seed']}"
-            run["evaluations"] = self.evaluate(name, {"adapter": run["trained"]["adapter"]}, attentions)
+        baselines = self.evaluate_all(runs)
         runs = [run for run in runs if run["evaluations"] is not None]
         return self.report(runs, {name: found for name, found in baselines.items() if found is not None})
 
@@ -257,9 +250,13 @@ class Comparison:
             if begun.exists() and (differences := changed(read_json(begun), spec)):
                 raise ValueError(f"{folder} was begun with other settings ({differences}); give the same, or another "
                                  "--scratch")  # fmt: skip
+        return self.at_a_time(self.train, jobs)
+
+    def at_a_time(self, work: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
+        """`work` of every item in order, --jobs at a time."""
         pool = ThreadPoolExecutor(self.args.jobs)
         try:
-            return list(pool.map(self.train, jobs))
+            return list(pool.map(work, items))
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt must not begin the next ones
 
@@ -276,6 +273,19 @@ class Comparison:
         """Train, or take the finished result; None when it failed."""
         folder, spec = self.training(job, profile)
         return self.work("train", folder, "trained", spec, f"{spec['recipe']['max_steps']} steps")
+
+    def evaluate_all(self, runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]] | None]:
+        """Measure the bases, which are returned by name, and every run, which gets its `evaluations`."""
+        bases = {UNTOUCHED: None, EXTENDED: self.args.context}
+        base = {"base": str(self.base.resolve()), "rope": self.shared["rope"]}
+        work = [(name, {**base, "extend_rope": positions}, [FULL]) for name, positions in bases.items()]
+        for run in runs:
+            attentions = [FULL, "hici"] if run["method"] == "hici-past" else [FULL]
+            work.append((f"{run['method']}-seed{run['seed']}", {"adapter": run["trained"]["adapter"]}, attentions))
+        found = self.at_a_time(lambda one: self.evaluate(*one), work)
+        for run, evaluations in zip(runs, found[len(bases) :], strict=True):
+            run["evaluations"] = evaluations
+        return dict(zip(bases, found, strict=False))
 
     def evaluate(self, name: str, model: dict[str, Any], attentions: list[str]) -> list[dict[str, Any]] | None:
         """Perplexity runs of one model; None when that failed."""
@@ -370,18 +380,6 @@ def start_worker(task: str, spec_file: Path, result_file: Path, log: Path) -> in
     with log.open("w", encoding="utf-8") as output:
         command = [sys.executable, str(WORKER), task, str(spec_file), str(result_file)]
         return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-
-
-def changed(before: dict[str, Any], spec: dict[str, Any]) -> str:
-    """Which keys of two specs differ; empty: none."""
-    old, new = _flat(before), _flat(spec)
-    keys = [key for key in {**old, **new} if key not in ("recipe", "hici") and old.get(key) != new.get(key)]
-    return ", ".join(f"{key}: {old.get(key)} then, {new.get(key)} now" for key in keys)
-
-
-def _flat(spec: dict[str, Any]) -> dict[str, Any]:
-    recipe = spec.get("recipe", {})
-    return {**spec, **recipe, **{f"hici.{key}": value for key, value in recipe.get("hici", {}).items()}}
 
 
 def last_line(log: Path, code: int) -> str:

@@ -148,22 +148,27 @@ def timed(step_seconds: Sequence[float], warm_up: int = WARM_UP_STEPS) -> list[f
 
 
 def costs(runs: Sequence[dict[str, Any]], profile: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By method: steps, tokens, seconds a step (of the solo profile where there is one), their sum, peak bytes."""
+    """By method: steps, tokens, seconds a step, their sum, peak bytes.
+
+    With a profile, seconds are of its solo runs alone (None where one failed); without, of the trainings.
+    """
     result = {}
     for method in dict.fromkeys(run["method"] for run in runs):
         trained = [run["trained"] for run in runs if run["method"] == method]
-        if method in profile:
-            seconds = timed(profile[method]["step_seconds"], profile[method]["warm_up"])
+        if profile:
+            solo = profile.get(method, {"step_seconds": [], "warm_up": 0})
+            seconds = timed(solo["step_seconds"], solo["warm_up"])
         else:
             seconds = [each for one in trained for each in timed(one["step_seconds"])]
+        typical = median(seconds) if seconds else None
         result[method] = {
             "runs": len(trained),
             "steps": sorted({one["steps"] for one in trained}),
             "tokens": sorted({one["tokens"] for one in trained}),
-            "seconds_per_step": median(seconds),
+            "seconds_per_step": typical,
             "steps_timed": len(seconds),
-            "timed": "solo" if method in profile else "in the runs",
-            "step_minutes": median(seconds) * max(one["steps"] for one in trained) / 60,
+            "timed": "solo" if profile else "in the runs",
+            "step_minutes": None if typical is None else typical * max(one["steps"] for one in trained) / 60,
             "peak_memory_bytes": max(one["peak_memory_bytes"] for one in trained),
         }
     return result
@@ -178,7 +183,8 @@ def perplexity_table(series: Sequence[Series], cost: dict[str, dict[str, Any]]) 
         if one.method is not None:
             spent = cost[one.method]
             cells = [" / ".join(f"{n:,}" for n in spent["steps"]), " / ".join(f"{n:,}" for n in spent["tokens"]),
-                     f"{spent['seconds_per_step']:.3g}", f"{spent['step_minutes']:.1f}",
+                     *("-" if spent[key] is None else f"{spent[key]:{digits}}"
+                       for key, digits in (("seconds_per_step", ".3g"), ("step_minutes", ".1f"))),
                      f"{spent['peak_memory_bytes'] / 2**30:.2f}"]  # fmt: skip
         rows.append([one.name, *cells, *(_perplexity_cell(one, length) for length in lengths)])
     head = ["trained in", "steps", "tokens", "s a step", "minutes", "peak GiB"]

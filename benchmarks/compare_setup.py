@@ -205,3 +205,15 @@ def make_recipe(
 def spec_key(spec: dict[str, Any]) -> str:
     """What a result was made from, as one hash."""
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
+
+def changed(before: dict[str, Any], spec: dict[str, Any]) -> str:
+    """Which keys of two specs differ; empty: none."""
+    old, new = _flat(before), _flat(spec)
+    keys = [key for key in {**old, **new} if key not in ("recipe", "hici") and old.get(key) != new.get(key)]
+    return ", ".join(f"{key}: {old.get(key)} then, {new.get(key)} now" for key in keys)
+
+
+def _flat(spec: dict[str, Any]) -> dict[str, Any]:
+    recipe = spec.get("recipe", {})
+    return {**spec, **recipe, **{f"hici.{key}": value for key, value in recipe.get("hici", {}).items()}}

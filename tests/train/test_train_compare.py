@@ -152,9 +152,15 @@ def test_perplexity_table_takes_means_of_losses_and_shows_every_seed(runs):
 def test_costs_leave_the_warm_up_out_and_take_a_solo_profile_where_there_is_one():
     runs = [run("full", 0, [1.0]), run("hici-past", 0, [1.0]), run("hici-past", 1, [1.0])]
     runs[2]["trained"] = trained(peak_memory_bytes=3 * 2**30, step_seconds=[9.0, 9.0, 9.0, 4.0, 4.0, 4.0])
-    cost = compare_report.costs(runs, {"full": {"step_seconds": [9.0, 0.5, 0.7], "warm_up": 1}})
+    profile = {"full": {"step_seconds": [9.0, 0.5, 0.7], "warm_up": 1}}
+    cost = compare_report.costs(runs, profile)
     assert cost["full"]["seconds_per_step"] == pytest.approx(0.6)
     assert cost["full"]["timed"] == "solo"
+    assert cost["hici-past"]["seconds_per_step"] is None  # its profile failed; a shared device's time is no answer
+    text = compare_report.perplexity_table(compare_report.make_series(runs, {}), cost)
+    assert "| 2 | 256 | - | - | 3.00 |" in text
+    assert "| 2 | 256 | 0.6 | 0.0 | 1.00 |" in text
+    cost = compare_report.costs(runs, {})
     assert cost["hici-past"]["seconds_per_step"] == pytest.approx(3.5)  # of 2, 2, 3, 4, 4, 4
     assert cost["hici-past"]["steps_timed"] == 6
     assert cost["hici-past"]["timed"] == "in the runs"
