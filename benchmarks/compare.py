@@ -6,8 +6,8 @@ Every method trains on all books but one from the same recipe (compare.yaml, and
 the same tokens in every step, the same steps and seeds; only the recipe's `method` and hici.visibility differ. The base
 is the model with its context cut to --base-context by its config, and its rope is extended to --context. Then all are
 measured in full attention on the book left out, over the same windows at several lengths; `hici-past` also in its own
-attention, which is as causal. Differences are paired by window and seed, with a bootstrap interval; one that holds zero
-is called not distinguishable. docs/comparison.md has the protocol and the commands.
+attention, which is causal too. Differences are paired by window and seed, with a bootstrap interval; one that holds
+zero is called not distinguishable. docs/comparison.md has the protocol and the commands.
 
 Each run is a process of its own and leaves its result in --scratch: with --resume, a benchmark that was stopped goes on
 with the runs that are not finished. A run that fails is reported, and the others go on.
@@ -129,10 +129,12 @@ def check(args: argparse.Namespace) -> None:
     needed = args.jobs > 1 or args.equal_time
     if args.profile_steps is None:
         args.profile_steps = 10 if needed else 0
-    if args.profile_steps < int(needed):
+    if args.profile_steps < 0:
+        raise ValueError(f"--profile-steps {args.profile_steps} is below 0; give 0 for none")
+    if needed and not args.profile_steps:
         raise ValueError(
-            f"--profile-steps {args.profile_steps} with --jobs {args.jobs}{' --equal-time' * args.equal_time}, where a "
-            "step must be timed by itself; give at least 1"
+            f"--profile-steps 0 with --jobs {args.jobs}{' --equal-time' * args.equal_time}, where a step must be timed "
+            "by itself; give at least 1"
         )
 
 

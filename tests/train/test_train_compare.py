@@ -274,6 +274,7 @@ def test_recipes_of_all_methods_differ_in_method_and_visibility_alone(base, tmp_
         (["--methods", "hici-past", "--equal-time"], "add full and a hici- method"),
         (["--methods", "full", "--equal-time"], "add full and a hici- method"),
         (["--jobs", "2", "--profile-steps", "0"], "--profile-steps 0 with --jobs 2, where a step must be timed"),
+        (["--profile-steps", "-1"], "--profile-steps -1 is below 0; give 0 for none"),
         (["--max_steps", "3"], "--max_steps is set by the comparison itself; use --steps"),
         (["--hici.visibility", "all"], "--hici.visibility is set by the comparison itself; use --methods"),
         (["--learning_rat", "1"], "unknown recipe key 'learning_rat'.*learning_rate"),
@@ -383,6 +384,14 @@ def test_a_comparison_end_to_end_and_finished_runs_are_not_repeated(command, wor
     assert compare.main([*command, "--resume", "--overwrite"]) == 0
     assert done == [("train", "hici-past-seed1"), ("evaluate", "hici-past-seed1")]
     assert result_of(tmp_path)[0]["comparisons"] == result["comparisons"]
+    other = tmp_path / "scratch" / "runs" / "hici-all-seed0" / "trained.json"
+    found = read_json(other)
+    write_json(other, {**found, "seen": [*found["seen"][:2], "x", "y"]})
+    with pytest.raises(SystemExit):
+        compare.main([*command, "--resume", "--overwrite"])
+    assert "no comparison at equal data: hici-past seed 0 saw other tokens than hici-all from step 3" in (
+        capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         compare.main([*command, "--resume", "--overwrite", "--learning_rate", "0.5"])
     assert "begun with other settings (learning_rate: 0.0003 then, 0.5 now)" in capsys.readouterr().err
@@ -391,12 +400,17 @@ def test_a_comparison_end_to_end_and_finished_runs_are_not_repeated(command, wor
 def test_a_run_that_fails_is_reported_and_the_others_go_on(command, worked, tmp_path, capsys):
     done, fail = worked
     fail.add("hici-all-seed0")
-    options = ["--eval-lengths", "64", "--seeds", "0", "--steps", "2"]
+    options = ["--eval-lengths", "64", "--seeds", "0", "--steps", "2", "--profile-steps", "1"]
     assert compare.main([*command, *options]) == 1
     result, text = result_of(tmp_path)
     assert [run["method"] for run in result["runs"]] == ["hici-past"]
     assert "ValueError: no luck today (exit code 1) in runs/hici-all-seed0/trained.log" in result["failures"][0]
     assert "hici-all-seed0: train failed" in text
+    assert {name: len(one["step_seconds"]) for name, one in result["profile"].items()} == {
+        "hici-all": 2, "hici-past": 2,
+    }  # fmt: skip
+    assert result["costs"]["hici-past"]["timed"] == "solo"
+    assert result["costs"]["hici-past"]["seconds_per_step"] == result["profile"]["hici-past"]["step_seconds"][1]
     assert {each["minus"] for each in result["comparisons"]} == {"base, untouched", "base, rope extended", "hici-past"}
     fail.clear()
     done.clear()
