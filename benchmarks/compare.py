@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import shutil
 import subprocess
 import sys
 import threading
@@ -325,6 +326,7 @@ class Comparison:
             return None
         result = dict(read_json(result_file))
         if task == "train":
+            shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # of use to unfinished runs alone
             self.say(f"{folder.name}: trained, {median(timed(result['step_seconds'])):.3g} s a step, "
                      f"{result['peak_memory_bytes'] / 2**30:.2f} GiB")  # fmt: skip
         return result
