@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from hici.data.documents import Document, expand, load_documents
-from hici.data.packing import content_hash, load_stream
+from hici.data.packing import load_stream
+from hici.data.sources import resolve
 from hici.files import atomic_directory, read_json, write_json
 from hici.train.recipe import Recipe, apply_overrides, recipe_from_dict
 
@@ -93,7 +93,7 @@ def find_books(folder: Path, test_book: str) -> tuple[list[Path], Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"--books {folder} is no folder; give one of text files, a book each")
-    books = [path for path in expand(folder) if path.suffix != ".bin"]
+    books = [path for source in resolve(folder) for path in source.files if path.suffix != ".bin"]
     tests = [path for path in books if test_book in (path.name, path.stem)]
     if len(tests) != 1:
         names = ", ".join(path.name for path in books)
@@ -107,7 +107,7 @@ def prepare_data(folder: Path, test_book: str, base: Path, scratch: Path) -> Dat
     """Tokenise all books once, so that every run reads the same tokens and none spends its time on it.
 
     Raises:
-        ValueError: as `find_books`, and as `load_documents`; the test book's text is also a training book.
+        ValueError: as `find_books`, and as `load_stream`; the test book's text is also a training book.
     """
     training, test = find_books(folder, test_book)
     made_of = files_hash([*training, test, *(base / name for name in _TOKENIZER_FILES if (base / name).is_file())])
@@ -121,43 +121,26 @@ def _tokenise(training: list[Path], test: Path, base: Path, target: Path) -> Non
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer, vocab_size = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base).vocab_size
-    documents = load_documents(training, tokenizer, vocab_size=vocab_size)
-    held_out = load_documents([test], tokenizer, vocab_size=vocab_size)
-    trained = {content_hash(document): document.source for document in documents}
-    for document in held_out:
-        if content_hash(document) in trained:
-            raise ValueError(
-                f"{document.source} has the text of {trained[content_hash(document)]}, which is trained on; take one "
-                "of them out of --books"
-            )
-    stream, _ = load_stream([test], tokenizer, vocab_size=vocab_size)
+    test_stream, _ = load_stream([test], tokenizer, vocab_size=vocab_size)
     with atomic_directory(target) as temporary:
         (temporary / "train").mkdir()
+        sizes = {}
         for path in training:
-            own = [document for document in documents if _is_of(document, path)]
-            write_tokens(temporary / "train" / f"{path.name}.bin", _joined(own, tokenizer.eos_token_id), vocab_size)
-        write_tokens(temporary / "test.bin", stream, vocab_size)
+            stream, _ = load_stream([path], tokenizer, vocab_size=vocab_size)
+            if np.array_equal(stream, test_stream):
+                raise ValueError(f"{test} has the text of {path}, which is trained on; take one of them out of --books")
+            write_tokens(temporary / "train" / f"{path.name}.bin", stream, vocab_size)
+            sizes[path.name] = len(stream)
+        write_tokens(temporary / "test.bin", test_stream, vocab_size)
         made = [*(temporary / "train").iterdir(), temporary / "test.bin"]
-        sizes = {path.name: sum(len(d.tokens) for d in documents if _is_of(d, path)) for path in training}
         write_json(temporary / "data.json", {
             "training_books": sizes, "training_tokens": sum(sizes.values()), "test_book": test.name,
-            "test_tokens": len(stream), "sha256": files_hash(made),
+            "test_tokens": len(test_stream), "sha256": files_hash(made),
         })  # fmt: skip
 
 
-def _is_of(document: Document, path: Path) -> bool:
-    return document.source == str(path) or document.source.startswith(f"{path}:")  # path:line of a .jsonl
-
-
-def _joined(documents: Sequence[Document], eos_token_id: int | None) -> np.ndarray:
-    """Documents in a row with EOS between them, as token files are read."""
-    border = [] if eos_token_id is None else [np.array([eos_token_id])]
-    parts = [part for i, document in enumerate(documents) for part in (*(border if i else []), document.tokens)]
-    return np.concatenate(parts)
-
-
 def write_tokens(target: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """A token file of the published layout, as `hici.data.documents.read_tokens` reads it."""
+    """A token file of the published layout, as `hici.data.documents.map_token_file` reads it."""
     tokens.astype("<u2" if vocab_size <= 65_535 else "<u4").tofile(target)
 
 

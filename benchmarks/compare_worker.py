@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import sys
@@ -118,10 +117,10 @@ def train_one(spec: dict[str, Any]) -> dict[str, Any]:
 
     recipe = recipe_from_dict(spec["recipe"])
     # a profile has no checkpoints, and begins anew
-    resume = recipe.save_steps > 0 and "resume" in inspect.signature(train).parameters
+    resume = recipe.save_steps > 0
     recorder = StepRecorder(Path(recipe.output_dir).parent / "steps.jsonl", resume=resume)
     with recorder.recording():
-        result = train(recipe, progress=False, **({"resume": True} if resume else {}))
+        result = train(recipe, resume=resume, progress=False)
     if result["attention"] != recipe.method:
         raise ValueError(
             f"trained in attention {result['attention']!r}, but the recipe's method is {recipe.method!r}: this would "
@@ -154,7 +153,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers.utils import logging
 
-    from hici.data.documents import read_tokens
+    from hici.data.documents import map_token_file
     from hici.eval.perplexity import perplexity
     from hici.models.lookup import get_causal_lm
     from hici.models.modes import set_attention
@@ -162,7 +161,7 @@ def evaluate(spec: dict[str, Any]) -> dict[str, Any]:
     logging.disable_progress_bar()
     on_gpu = spec["device"] != "cpu" and torch.cuda.is_available()
     model = _load(spec).to("cuda" if on_gpu else "cpu")
-    stream = read_tokens(Path(spec["test"]), get_causal_lm(model).config.vocab_size)
+    stream = map_token_file(Path(spec["test"]), get_causal_lm(model).config.vocab_size).astype("int64")
     beyond = "base" in spec and spec["extend_rope"] is None
     runs = []
     # float32 weights in either case: bfloat16 ones would round what was learned
