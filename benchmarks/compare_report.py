@@ -223,13 +223,14 @@ def _difference_cell(found: dict[str, Any]) -> str:
 def heading(args: argparse.Namespace, made_with: dict[str, Any], facts: dict[str, Any], *, solo: bool) -> str:
     """What the tables are of, and how they are read. `facts` of the data; `solo`: steps were timed by themselves."""
     machine, packages = made_with["machine"], made_with["packages"]
+    lone = " (one seed alone: what another would change is not in the intervals)" if len(args.seeds) == 1 else ""
     return (
         f"# Comparison of training methods, {args.model.name}, {args.base_context:,} to {args.context:,} tokens, "
         f"{made_with['time_utc'][:10]}\n\n"
         f"{machine['device']}, {machine['cpu_threads']} threads, torch {packages['torch']}, transformers "
         f"{packages['transformers']}. Trained on {len(facts['training_books'])} books "
         f"({facts['training_tokens']:,} tokens), tested on {facts['test_book']} ({facts['test_tokens']:,}); seeds "
-        f"{', '.join(map(str, args.seeds))}; the same tokens in every step of all methods of a seed.\n"
+        f"{', '.join(map(str, args.seeds))}{lone}; the same tokens in every step of all methods of a seed.\n"
         "Perplexity: in full attention unless the row says otherwise, non-overlapping windows, at most "
         f"{args.eval_windows} a length; the mean of the seeds' losses, each seed in brackets. Seconds a step: median, "
         f"{'in short runs, one at a time' if solo else 'in the trainings'}. GiB: the largest peak of a training's "

@@ -368,6 +368,7 @@ def test_a_comparison_end_to_end_and_finished_runs_are_not_repeated(command, wor
     assert "git_revision" in result["made_with"]
     assert str(tmp_path) not in json.dumps({key: result[key] for key in ("recipe", "settings", "runs", "baselines")})
     assert "| hici-past, in hici attention |" in text
+    assert "seeds 0, 1; the same tokens in every step" in text
     assert list((tmp_path / "out").glob("*.png"))
 
     trainings = [entry for entry in done if entry[0] == "train"]
@@ -406,6 +407,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(command, worked, tmp_
     assert [run["method"] for run in result["runs"]] == ["hici-past"]
     assert "ValueError: no luck today (exit code 1) in runs/hici-all-seed0/trained.log" in result["failures"][0]
     assert "hici-all-seed0: train failed" in text
+    assert "seeds 0 (one seed alone: what another would change is not in the intervals)" in text
     assert {name: len(one["step_seconds"]) for name, one in result["profile"].items()} == {
         "hici-all": 2, "hici-past": 2,
     }  # fmt: skip
