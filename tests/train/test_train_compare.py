@@ -21,8 +21,8 @@ import compare
 import compare_report
 import compare_setup
 import compare_worker
-from hici.data.documents import load_documents, read_tokens
-from hici.data.packing import token_stream
+from hici.data.documents import map_token_file
+from hici.data.packing import load_stream
 from hici.eval.bootstrap import paired_bootstrap
 from hici.files import read_json, write_json
 
@@ -219,14 +219,15 @@ def test_the_cut_base_is_the_model_with_another_context(base, tmp_path):
 def test_token_files_hold_the_books_and_not_the_one_left_out(books, base, tokenizer, tmp_path):
     data = compare_setup.prepare_data(books, "03", base, tmp_path)
     training = sorted(path for path in books.iterdir() if path.name != "03.txt")
-    expected = load_documents(training, tokenizer, vocab_size=len(tokenizer))
-    found = load_documents(data.train, tokenizer, vocab_size=len(tokenizer))
-    assert [d.tokens.tolist() for d in found] == [d.tokens.tolist() for d in expected]
-    test = token_stream(load_documents(books / "03.txt", tokenizer), tokenizer.eos_token_id)
-    assert read_tokens(data.test, len(tokenizer)).tolist() == test.tolist()
+    vocabulary = {"tokenizer": tokenizer, "vocab_size": len(tokenizer)}
+    expected = [load_stream([path], **vocabulary)[0] for path in training]
+    found = [map_token_file(path, len(tokenizer)) for path in sorted(data.train.iterdir())]
+    assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+    test, _ = load_stream([books / "03.txt"], **vocabulary)
+    assert map_token_file(data.test, len(tokenizer)).tolist() == test.tolist()
     assert data.facts["test_book"] == "03.txt"
     assert data.facts["test_tokens"] == len(test)
-    assert data.facts["training_tokens"] == sum(len(d.tokens) for d in expected)
+    assert data.facts["training_tokens"] == sum(len(x) for x in expected)
     (books / "00.txt").write_text("the cat runs " * 100)
     assert compare_setup.prepare_data(books, "03", base, tmp_path).facts["sha256"] != data.facts["sha256"]
 
