@@ -86,8 +86,7 @@ class TokenCache:
         """Where a piece's tokens lie, whether or not they are there."""
         digest = hashlib.sha256(self.encoder_fingerprint.encode())
         for sample in piece.samples:
-            raw = json.dumps(sample, sort_keys=True).encode()
-            digest.update(struct.pack("<Q", len(raw)) + raw)
+            digest.update(json.dumps(sample, sort_keys=True).encode())  # JSON says itself where it ends
         name = digest.hexdigest()
         return self.directory / name[:2] / f"{name}.safetensors"
 
