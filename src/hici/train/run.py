@@ -22,11 +22,13 @@ from hici.machine import peak_memory
 from hici.models.attach import reconfigure
 from hici.models.lookup import FULL, HICI, get_decoder
 from hici.models.modes import leaks_future, set_attention
+from hici.models.quantized import NONE
 from hici.provenance import provenance
 from hici.report.runs import read_run
 from hici.report.training import plot_training
 from hici.train.checkpoint import CheckpointStore, Identity, step_of
 from hici.train.heldout import heldout_losses, row_loss
+from hici.train.optimizers import create_optimizer_class
 from hici.train.order import TrainingOrder
 from hici.train.output import ADAPTER, check_output, check_space, remove_old_results, training_facts
 from hici.train.processes import local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
@@ -36,6 +38,7 @@ from hici.train.setup import (
     attached_config,
     autocast_dtype,
     check_device,
+    check_engine,
     check_launcher,
     load_base,
     prepare_model,
@@ -69,6 +72,8 @@ def train(
     """
     check_device(recipe)
     check_launcher()
+    check_engine(recipe)
+    create_optimizer_class(recipe.optimizer)  # not installed: known before any work
     output = Path(recipe.output_dir).expanduser()
     first = rank() == 0
     if first:
@@ -179,7 +184,7 @@ def make_trainer(
         settings=Settings(
             hici_learning_rate=recipe.hici_learning_rate,
             clips={"hici": recipe.hici_max_grad_norm, "other": recipe.max_grad_norm},
-            optimizer=(torch.optim.AdamW, {}),
+            optimizer=create_optimizer_class(recipe.optimizer),
             rows_a_step=rows_a_step(recipe),
             checkpoints=store,
             segment_counts=recipe.segment_counts,
@@ -211,7 +216,8 @@ def base_loss_of(recipe: Recipe, model: Any, rows: Rows) -> float | None:
     if wants_fsdp() or wants_deepspeed():
         return None
     device = torch.device("cpu") if uses_cpu(recipe) else torch.device("cuda", local_rank())
-    model.to(device)
+    if recipe.quantization == NONE:  # else it lies there already
+        model.to(device)
     return row_loss(LanguageModel(model, autocast_dtype(recipe)), rows[0], device)
 
 
