@@ -153,7 +153,8 @@ class OffloadedCheckpoint:
             return checkpoint(function, *args, use_reentrant=False)
 
     def _pack(self, tensor: Tensor) -> Entry | Tensor:
-        if not tensor.is_floating_point():
+        # a checkpoint also keeps an empty tensor of its own, on the CPU
+        if not tensor.is_floating_point() or not tensor.numel():
             return tensor
         before = None if self._last is None else self._last()
         entry = Entry(tensor, self.transfers, before)
