@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 SHORT_STEP = 256
-MEASURED = ("device", "before", "rest", "peak", "seconds")
+MEASURED = ("device", "before", "rest", "peak", "seconds", "estimate")
 
 
 def main() -> None:
@@ -130,6 +130,7 @@ def make_step(case: dict[str, Any], device: str) -> Any:
     from hici.adapters.lora import trainable_parameters
     from hici.models.loss import next_token_loss
     from hici.models.modes import set_attention
+    from hici.models.offload import enable_checkpointing, offload_checkpoints
     from hici.models.tiled_mlp import tile_mlp
     from hici.presets import load_preset
 
@@ -145,11 +146,9 @@ def make_step(case: dict[str, Any], device: str) -> Any:
     for parameter in parameters:
         parameter.data = parameter.data.float()
     if case["offload"]:
-        from hici.models.offload import offload_checkpoints
-
         offload_checkpoints(base)
     elif case["checkpointing"]:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(base)
     set_attention(model, case["method"])
     if case["tile"]:
         tile_mlp(model, case["tile"])
@@ -210,6 +209,7 @@ def add_result(folder: Path, result: dict[str, Any]) -> None:
     file = folder / f"memory-{result['device']}-{datetime.date.today().isoformat()}.json"
     found = json.loads(file.read_text())["results"] if file.exists() else []
     found = [other for other in found if case_of(other) != case_of(result)]
+    result["estimate"] = sum(estimate(result).values())
     content = {"results": [*found, result], "made_with": provenance()}
     write_json(file, content)
     write_table(file, content)

@@ -14,6 +14,7 @@ from hici import HiCIConfig
 from hici.adapters.lora import trainable_parameters
 from hici.models.loss import next_token_loss
 from hici.models.modes import set_attention
+from hici.models.offload import enable_checkpointing
 from hici.models.tiled_mlp import tile_mlp
 from hici.report.memory import Shape, Training, layer_bytes, offloaded_memory, training_memory
 from hici.report.summary import summarise
@@ -66,7 +67,7 @@ def live_bytes(model, tokens, dtype, training):
             parameter.data = parameter.data.float()
             parameter.grad = torch.zeros_like(parameter)
     if training.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(base)
     set_attention(wrapped, training.method)
     if training.mlp_tile:
         tile_mlp(wrapped, training.mlp_tile)
