@@ -1,7 +1,7 @@
 """Peak memory of a training step by context length, against what `hici info` estimates.
 
     python benchmarks/memory.py --lengths 4096 8192 16384 32768 --tiles 2048 --out benchmarks/results
-    python benchmarks/memory.py --table benchmarks/results/memory-cpu-DATE.json       # the estimates anew
+    python benchmarks/memory.py --table benchmarks/results/memory-cpu-DATE.json       # its table anew, with estimates
 
 Each case runs in a process of its own: model, LoRA, optimizer as `hici train` makes them, a short step (the optimizer's
 state is there from then on), and the step that is measured: gradients of a short sequence and of one of the length are
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 SHORT_STEP = 256
-MEASURED = ("device", "before", "rest", "peak", "seconds")
+MEASURED = ("device", "before", "rest", "peak", "seconds", "estimate")
 
 
 def main() -> None:
@@ -45,13 +45,15 @@ def main() -> None:
     parser.add_argument("--preset", default="smollm2-135m")
     parser.add_argument("--mmap-threshold", type=int, default=2**20)
     parser.add_argument("--out", type=Path, help="folder for memory-DEVICE-DATE.json and .md; results are added to it")
-    parser.add_argument("--table", type=Path, help="print the table of such a JSON file, with the estimates of now")
+    parser.add_argument("--table", type=Path, help="write the table of such a JSON file anew")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(json.loads(args.one))))
     elif args.table:
-        print(markdown(json.loads(args.table.read_text())["results"]))
+        content = json.loads(args.table.read_text())
+        write_table(args.table, content)
+        print(markdown(content["results"]))
     else:
         results = [run_case(case, args) for case in cases(args)]
         print(markdown(results))
@@ -104,13 +106,19 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_everything() -> None:
-    """What a training process has loaded before its model."""
+    """What a training process has loaded before its model; optimizers and bfloat16 products load more at first use."""
     import peft  # noqa: F401
+    import torch
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 
     import hici.adapters.lora
     import hici.models.loss  # noqa: F401
+
+    layer = torch.nn.Linear(64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.ones(64, 64)).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
 
 
 def make_step(case: dict[str, Any], device: str) -> Any:
@@ -122,6 +130,7 @@ def make_step(case: dict[str, Any], device: str) -> Any:
     from hici.adapters.lora import trainable_parameters
     from hici.models.loss import next_token_loss
     from hici.models.modes import set_attention
+    from hici.models.offload import enable_checkpointing, offload_checkpoints
     from hici.models.tiled_mlp import tile_mlp
     from hici.presets import load_preset
 
@@ -137,11 +146,9 @@ def make_step(case: dict[str, Any], device: str) -> Any:
     for parameter in parameters:
         parameter.data = parameter.data.float()
     if case["offload"]:
-        from hici.models.offload import offload_checkpoints
-
         offload_checkpoints(base)
     elif case["checkpointing"]:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(base)
     set_attention(model, case["method"])
     if case["tile"]:
         tile_mlp(model, case["tile"])
@@ -194,22 +201,97 @@ def describe(case: dict[str, Any]) -> str:
 
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:
-    """Into today's file of the device; a result of the same case is replaced."""
+    """Into today's files of the device; a result of the same case is replaced."""
     from hici.files import write_json
+    from hici.provenance import provenance
 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"memory-{result['device']}-{datetime.date.today().isoformat()}.json"
     found = json.loads(file.read_text())["results"] if file.exists() else []
     found = [other for other in found if case_of(other) != case_of(result)]
-    write_json(file, {"results": [*found, result]})
+    result["estimate"] = sum(estimate(result).values())
+    content = {"results": [*found, result], "made_with": provenance()}
+    write_json(file, content)
+    write_table(file, content)
 
 
 def case_of(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in MEASURED}
 
 
-def markdown(results):
-    return json.dumps(results)
+def estimate(result: dict[str, Any]) -> dict[str, int]:
+    """Bytes by part, as `hici info` gives them."""
+    from transformers import AutoConfig
+
+    from hici.presets import load_preset
+    from hici.report.memory import Training
+    from hici.report.summary import summarise
+
+    training = Training(
+        method=result["method"],
+        gradient_checkpointing=result["checkpointing"],
+        offload_checkpoints=result["offload"],
+        mlp_tile=result["tile"] or None,
+    )
+    from hici import HiCIConfig
+
+    config = HiCIConfig(segment_size=result["segment_size"], visibility=result["visibility"])
+    return summarise(
+        AutoConfig.for_model(**load_preset(result["preset"])), config, context=result["length"], dtype=result["dtype"],
+        training=training,
+    ).training  # fmt: skip
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The table, and the bytes a token between two lengths of the same case."""
+    rows = [
+        "| method | MLP tile | checkpoints | malloc | tokens | measured GiB | estimate GiB | estimate / measured "
+        "| measured bytes a token more | estimated |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    order = ("method", "tile", "checkpointing", "offload", "mmap_threshold", "length")
+    before: dict[str, Any] | None = None
+    for result in sorted(results, key=lambda result: [str(result[key]).zfill(9) for key in order]):
+        result["estimate"] = sum(estimate(result).values())
+        slopes = ["", ""]
+        if before is not None and all(before[key] == result[key] for key in order[:-1]):
+            more = result["length"] - before["length"]
+            slopes = [f"{(result[key] - before[key]) / more:,.0f}" for key in ("peak", "estimate")]
+        before = result
+        kept = "offloaded" if result["offload"] else "yes" if result["checkpointing"] else "no"
+        rows.append(
+            f"| {result['method']} | {result['tile'] or 'whole'} | {kept} | {allocator(result)} "
+            f"| {result['length']:,} | {result['peak'] / 2**30:.2f} | {result['estimate'] / 2**30:.2f} "
+            f"| {result['estimate'] / result['peak']:.2f} | {slopes[0]} | {slopes[1]} |"
+        )
+    return "\n".join(rows)
+
+
+def allocator(result: dict[str, Any]) -> str:
+    if result["device"] == "cuda":
+        return "CUDA"
+    return f"{result['mmap_threshold'] // 1024} KiB" if result["mmap_threshold"] else "glibc"
+
+
+def write_table(file: Path, content: dict[str, Any]) -> None:
+    """The Markdown beside a JSON file of results."""
+    from hici.files import write_text
+
+    made_with, settings = content["made_with"], content["results"][0]
+    machine, packages = made_with["machine"], made_with["packages"]
+    write_text(
+        file.with_suffix(".md"),
+        f"# Memory of a training step, {settings['preset']} shape\n\n"
+        f"{machine['device']}, torch {packages['torch']}, transformers {packages['transformers']}; batch 1, "
+        f"segments of {settings['segment_size']:,} tokens, visibility `{settings['visibility']}`, "
+        f"{settings['dtype']} (autocast), trained parameters, AdamW's state and accumulated gradients in float32.\n"
+        "Measured: peak of the process (or the device's allocator) in a step, less the process before the model was "
+        f"made ({settings['before'] / 2**20:.0f} MiB). Malloc: blocks above that size go back to the system at once "
+        "(MALLOC_MMAP_THRESHOLD_); glibc: its own way.\n"
+        f"Made by `python benchmarks/memory.py` with these settings at revision {made_with['git_revision']}; the "
+        "estimates are those of `hici info`.\n\n"
+        f"{markdown(content['results'])}\n",
+    )
 
 
 if __name__ == "__main__":

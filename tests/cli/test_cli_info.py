@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import hici
 from helpers import SEGMENT, small_config, tiny_model
 from hici import HiCIConfig
 from hici.models.attach import attach, hici_state_dict
 from hici.presets import preset_names
-from hici.report.memory import Shape, bounded_memory, generation_memory, layer_bytes_per_token, training_memory
+from hici.report.memory import Shape, bounded_memory, generation_memory
 from hici.report.summary import _shape, describe_plan, segment_plan
 
 # public parameter counts of the architectures
@@ -142,61 +142,39 @@ def test_refusals_of_directories(adapter_directory, base_directory, tmp_path, hi
     assert "is a file" in hici_command("info", base_directory / "config.json").err
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
-@pytest.mark.parametrize("width, mlp, heads, kv_heads", [(256, 512, 4, 1), (256, 1024, 8, 8), (128, 1024, 2, 2)])
-def test_the_layers_memory_is_what_autograd_saves(width, mlp, heads, kv_heads, dtype):
-    tokens = 512
-    config = LlamaConfig(vocab_size=64, hidden_size=width, intermediate_size=mlp, num_hidden_layers=1,
-                         num_attention_heads=heads, num_key_value_heads=kv_heads)  # fmt: skip
-    saved = _saved_by_autograd(LlamaForCausalLM(config).to(dtype), tokens, dtype)
-    shape = Shape(1, width, mlp, heads, kv_heads, width // heads, 64, local_scores=64, parameters=0,
-                  held_in_training=0, trained=0, head_trains=False)  # fmt: skip
-    assert saved == pytest.approx(tokens * layer_bytes_per_token(shape, dtype.itemsize), rel=0.12)
-
-
-def test_the_layers_memory_without_a_gate():
-    """GPT-NeoX: its MLP keeps two tensors, and its LayerNorms keep less than the estimate's norms do."""
-    config = GPTNeoXConfig(vocab_size=64, hidden_size=128, intermediate_size=2048, num_hidden_layers=1,
-                           num_attention_heads=4)  # fmt: skip
-    saved = _saved_by_autograd(GPTNeoXForCausalLM(config), 512, torch.float32)
-    shape = Shape(1, 128, 2048, 4, 4, 32, 64, local_scores=64, parameters=0, held_in_training=0, trained=0,
-                  head_trains=False, gated_mlp=False)  # fmt: skip
-    assert saved == pytest.approx(512 * layer_bytes_per_token(shape, 4), rel=0.12)
-
-
-def _saved_by_autograd(model, tokens, dtype):
-    """Bytes that one layer keeps for its backward pass, parameters left out."""
-    attach(model, HiCIConfig(bottleneck_dim=128, compress_dim=16, visibility="past", segment_size=256))
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept, storages = [], {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)  # keeps addresses from being used twice
-        return tensor
-
-    decoder = model.base_model
-    hidden = torch.randn(1, tokens, model.config.hidden_size, dtype=dtype, requires_grad=True)
-    position_embeddings = decoder.rotary_emb(hidden, torch.arange(tokens)[None])
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        decoder.layers[0](hidden, position_embeddings=position_embeddings)
-    return sum(storages.values())
-
-
-def test_memory_by_hand():
+def test_generation_memory_by_hand():
     shape = Shape(layers=2, width=8, mlp_width=16, heads=2, kv_heads=1, head_dim=4, vocabulary=10, local_scores=6,
                   parameters=1000, held_in_training=1100, trained=300, head_trains=True)  # fmt: skip
-    training = training_memory(shape, 5, batch=3, number_bytes=2)
-    assert (training["weights"], training["gradients"], training["optimizer"]) == (2800, 1200, 2400)
-    assert training["checkpoints"] == 3 * 5 * 2 * 8 * 4
-    assert training["loss"] == 150 * 6 + 4 * 15 * 8 + 12 * 10 * 8
     generation = generation_memory(shape, 5, batch=3, number_bytes=2)
     assert (generation["weights"], generation["KV cache"]) == (2000, 2 * 15 * 2 * 1 * 4 * 2)
     plain = replace(shape, gated_mlp=False, window=3, window_layers=1)
-    assert training["one layer"] - training_memory(plain, 5, batch=3)["one layer"] == 15 * 3 * 2 * 16
     assert generation_memory(plain, 5, batch=3)["KV cache"] == 2 * 3 * (5 + 3) * 1 * 4 * 2
+
+
+def test_flags_of_training(hici_command):
+    arguments = ["info", "--preset", "smollm2-135m", "--context", 65536]
+    plain = json.loads(hici_command(*arguments, "--json").out)
+    flags = ["--method", "full", "--mlp-tile", 2048, "--optimizer", "adamw_8bit", "--quantization", "4bit",
+             "--offload-checkpoints", "--processes", 2]  # fmt: skip
+    facts = json.loads(hici_command(*arguments, *flags, "--json").out)
+    assert facts["trained_as"] == {
+        "method": "full", "gradient_checkpointing": True, "offload_checkpoints": True, "mlp_tile": 2048,
+        "optimizer": "adamw_8bit", "quantization": "4bit", "processes": 2,
+    }  # fmt: skip
+    # without HiCI modules
+    assert plain["trained_parameters"] - facts["trained_parameters"] == plain["hici_parameters"]
+    assert facts["training"]["checkpoints"] * 10 == plain["training"]["checkpoints"] == facts["offloaded"]
+    assert facts["training"]["checkpoints"] == 3 * 65536 * 576 * 4
+    assert facts["training"]["gradients"] == 4 * facts["trained_parameters"] // 2
+    shown = " ".join(hici_command(*arguments, *flags).out.split())
+    assert (
+        "trained parameters (LoRA, embeddings, norms), attention full, every layer checkpointed, checkpoints in the "
+        "CPU's memory (4.22 GiB there), MLPs in tiles of 2,048 tokens, adamw_8bit, base in 4 bits, on each of 2 "
+        "processes that share the parameters."
+    ) in shown
+    assert "activations" in hici_command(*arguments, "--no-checkpointing").out
+    message = "offload_checkpoints without gradient_checkpointing: there are no checkpoints to move; turn it on"
+    assert message in hici_command(*arguments, "--no-checkpointing", "--offload-checkpoints").err
 
 
 @pytest.mark.parametrize(

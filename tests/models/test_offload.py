@@ -10,7 +10,13 @@ import torch
 from helpers import ARCHITECTURES, assert_same_gradients, loss_and_gradients, random_ids, strong_model, tiny_model
 from hici import add_lora
 from hici.models import offload
-from hici.models.offload import IN_FLIGHT, OffloadedCheckpoint, StreamTransfers, offload_checkpoints
+from hici.models.offload import (
+    IN_FLIGHT,
+    OffloadedCheckpoint,
+    StreamTransfers,
+    enable_checkpointing,
+    offload_checkpoints,
+)
 from hici.models.tiled_mlp import tile_mlp
 
 IDS = random_ids(2, 29)
@@ -45,7 +51,7 @@ class Recorded:
 def test_gradients_are_those_of_checkpointing_bit_for_bit(architecture, monkeypatch):
     monkeypatch.setattr(offload, "IN_FLIGHT", 0)  # (two layers would both still be there)
     model = strong_model(architecture, visibility="past").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     expected_loss, expected = loss_and_gradients(model, IDS)
     transfers = Recorded()
     offload_checkpoints(model, transfers=transfers)
@@ -61,7 +67,7 @@ def test_what_is_on_the_device_when():
     """Sources stay for two layers, the copies back set out one layer ahead."""
     assert IN_FLIGHT == 2
     model = tiny_model(num_hidden_layers=5).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     _, expected = loss_and_gradients(model, IDS)
     transfers = Recorded()
     offload_checkpoints(model, transfers=transfers)
@@ -86,7 +92,7 @@ def test_backward_twice_with_add_lora_and_tiles():
     model = strong_model(visibility="past")
     tile_mlp(model, 5)
     wrapped = add_lora(model).train()
-    wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(wrapped)
     expected_loss, expected = loss_and_gradients(wrapped, IDS)
     offload_checkpoints(wrapped, transfers=Recorded())
     wrapped.zero_grad()
@@ -117,7 +123,7 @@ def test_turned_off_and_copied():
     model.train()
     model.gradient_checkpointing_disable()
     loss_and_gradients(model, IDS)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     loss_and_gradients(model, IDS)
     with torch.no_grad():
         offload_checkpoints(model, transfers=transfers)

@@ -14,6 +14,7 @@ from helpers import logits, random_ids, small_config, strong_model, tiny_model
 from hici.adapters.lora import trainable_parameters
 from hici.models.lookup import get_decoder
 from hici.models.loss import next_token_loss
+from hici.models.offload import enable_checkpointing
 from hici.models.quantized import QUANTIZATIONS, load_quantized, quantization_config
 from hici.models.tiled_mlp import tile_mlp
 from hici.train.optimizers import OPTIMIZERS, create_optimizer_class
@@ -92,7 +93,7 @@ def prepared(base_directory, quantization):
     for group in trainable_parameters(model):
         for parameter in group:
             parameter.data = parameter.data.float()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(base)
     tile_mlp(base, 7)
     return model
 

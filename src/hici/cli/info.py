@@ -15,6 +15,7 @@ _EXAMPLES = """\
 examples:
   hici info --preset llama-2-7b --context 16384
   hici info --preset qwen3-8b --context 32768 --segment-size 8192 --visibility past
+  hici info --preset llama-2-7b --context 65536 --mlp-tile 4096 --optimizer adamw_8bit --quantization 4bit
   hici info runs/adapter
   hici info owner/model --context 16384 --json > info.json"""
 
@@ -39,6 +40,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences at a time (default 1)")
     parser.add_argument("--lora-rank", type=positive, default=8, metavar="R", help="of the estimate (default 8)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    training = parser.add_argument_group("training, for the memory estimate (default: as `hici train`)")
+    training.add_argument("--method", choices=("hici", "hici_s2", "full"), default="hici")
+    training.add_argument("--mlp-tile", type=positive, metavar="T", help="tokens that go through an MLP at a time")
+    training.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "paged_adamw_8bit"), default="adamw")
+    training.add_argument("--quantization", choices=("none", "8bit", "4bit"), default="none", help="of the frozen base")
+    training.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    training.add_argument("--offload-checkpoints", action="store_true", help="checkpoints in the CPU's memory")
+    training.add_argument("--processes", type=positive, default=1, metavar="N",
+                          help="that share parameters and optimizer (FSDP2, ZeRO-3): one is shown")  # fmt: skip
     group = parser.add_argument_group("HiCI config (default: the model's own, else the paper's)")
     given: dict[str, Any] = {"default": argparse.SUPPRESS}
     for name in _SHAPE_FLAGS:
@@ -156,10 +166,20 @@ def _without_base(context: int, config: Any) -> dict[str, Any]:
 
 
 def _summary(args: argparse.Namespace, model_config: Any, config: Any) -> dict[str, Any]:
+    from hici.report.memory import Training
     from hici.report.summary import summarise
 
+    training = Training(
+        method=args.method,
+        gradient_checkpointing=not args.no_checkpointing,
+        offload_checkpoints=args.offload_checkpoints,
+        mlp_tile=args.mlp_tile,
+        optimizer=args.optimizer,
+        quantization=args.quantization,
+        processes=args.processes,
+    )
     summary = summarise(model_config, config, context=args.context, dtype=args.dtype, batch=args.batch,
-                        lora_rank=args.lora_rank)  # fmt: skip
+                        lora_rank=args.lora_rank, training=training)  # fmt: skip
     return summary.to_dict()
 
 
@@ -246,9 +266,26 @@ def _print_memory(facts: dict[str, Any]) -> None:
         rows += [[what if i == 0 else "", part, size(count)] for i, (part, count) in enumerate(parts.items())]
         rows.append(["", "in all", size(sum(parts.values()))])
     title = f"Memory, estimated: {facts['batch']} x {facts['context']:,} tokens, {facts['dtype']}"
-    note = (
-        f"Training: {facts['trained_parameters']:,} trained parameters (HiCI, LoRA, embeddings, norms), every layer "
-        "checkpointed, attention hici. Generation: keys and values of all tokens, the prompt read at once"
-        + ("; in bounded memory: a HiCICache, segment by segment." if facts["bounded"] else ".")
-    )
-    print_table(title, ["", "part", "memory"], rows, [note])
+    generation = "Generation: keys and values of all tokens, the prompt read at once"
+    generation += "; in bounded memory: a HiCICache, segment by segment." if facts["bounded"] else "."
+    print_table(title, ["", "part", "memory"], rows, [_describe_training(facts), generation])
+
+
+def _describe_training(facts: dict[str, Any]) -> str:
+    from hici.report.tables import size
+
+    how = facts["trained_as"]
+    hici = "HiCI, " if how["method"] == "hici" else ""
+    parts = [f"Training: {facts['trained_parameters']:,} trained parameters ({hici}LoRA, embeddings, norms)",
+             f"attention {how['method']}",
+             "every layer checkpointed" if how["gradient_checkpointing"] else "no checkpointing"]  # fmt: skip
+    if how["offload_checkpoints"]:
+        parts.append(f"checkpoints in the CPU's memory ({size(facts['offloaded'])} there)")
+    if how["mlp_tile"]:
+        parts.append(f"MLPs in tiles of {how['mlp_tile']:,} tokens")
+    parts.append(how["optimizer"])
+    if how["quantization"] != "none":
+        parts.append(f"base in {how['quantization'].replace('bit', ' bits')}")
+    if how["processes"] > 1:
+        parts.append(f"on each of {how['processes']} processes that share the parameters")
+    return ", ".join(parts) + "."

@@ -94,6 +94,7 @@ class _SummedLoss(torch.autograd.Function):
             if d_bias_V is not None:
                 d_bias_V += grad_CV.sum(0)
             start += len(targets_C)
+            del logits_CV, slope_CV, grad_CV, lower_CV  # or they would still be held while the next chunk's are made
         ctx.gradients = (d_hidden_TD, d_weight_VD, d_bias_V)
         ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return loss

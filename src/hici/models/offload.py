@@ -44,11 +44,20 @@ def offload_checkpoints(model: Any, *, transfers: Transfers | None = None) -> No
                 "to a GPU"
             )
         transfers = StreamTransfers()
-    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(lm)
     function = OffloadedCheckpoint(transfers)
     for module in lm.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = function
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Turn on gradient checkpointing (not reentrant) of every layer, in place, under the name that transformers has."""
+    lm = get_causal_lm(model)
+    if hasattr(lm, "activation_checkpointing_enable"):  # the other name warns then
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 class Transfers(Protocol):

@@ -11,9 +11,19 @@ from hici.adapters.lora import add_lora
 from hici.config import HiCIConfig
 from hici.core.segments import count_segments
 from hici.models.architectures import get_architecture
+from hici.models.architectures.base import is_hici_name
 from hici.models.attach import attach, hici_state_dict
 from hici.models.load import meta_model
-from hici.report.memory import BYTES, Shape, bounded_memory, generation_memory, training_memory
+from hici.models.lookup import HICI, get_decoder
+from hici.report.memory import (
+    BYTES,
+    Shape,
+    Training,
+    bounded_memory,
+    generation_memory,
+    offloaded_memory,
+    training_memory,
+)
 from hici.rope import extended_rope, far_rope
 
 VISIBILITY = {
@@ -32,6 +42,8 @@ class Summary:
         modules: parameters of one layer's HiCI modules, by their first two names.
         rope: how the context fits the model's positions.
         sliding_window: tokens; segments must not be longer. None: no layer has one.
+        trained_as: what the memory of training is of.
+        training: on one device; `offloaded` comes to it in the CPU's memory.
     """
 
     model_type: str
@@ -52,7 +64,9 @@ class Summary:
     sliding_window: int | None
     dtype: str
     batch: int
+    trained_as: dict[str, Any]
     training: dict[str, int]
+    offloaded: int
     generation: dict[str, int]
     bounded: dict[str, int] | None
 
@@ -69,16 +83,20 @@ def summarise(
     dtype: str = "bfloat16",
     batch: int = 1,
     lora_rank: int = 8,
+    training: Training | None = None,
 ) -> Summary:
     """Count and estimate for a transformers config with HiCI and a LoRA as `hici.add_lora` makes it.
 
     Args:
         context: tokens; None: the model's positions.
         dtype, batch: of the memory estimate.
+        training: how it is trained; None: as `hici train` does without other keys. By another method than "hici" the
+            model is without HiCI modules, and so are the parameters and the memory of training.
 
     Raises:
         ValueError: an unsupported model type, a config that does not fit, a context below 1.
     """
+    training = training or Training()
     context = model_config.max_position_embeddings if context is None else context
     if context < 1:
         raise ValueError(f"context={context} is below 1; give the number of tokens")
@@ -90,7 +108,10 @@ def summarise(
         wrapped = add_lora(model, r=lora_rank)
     parameters = list(wrapped.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    shape = _shape(model_config, config, total, held=sum(p.numel() for p in parameters), trained=trained)
+    held = sum(parameter.numel() for parameter in parameters)
+    if training.method != HICI:
+        trained, held = trained - count, held - count
+    shape = _shape(model_config, config, total, held=held, trained=trained, linear=_linear(model))
     return Summary(
         model_type=model_config.model_type,
         layers=layers,
@@ -110,7 +131,9 @@ def summarise(
         sliding_window=shape.window if shape.window_layers else None,
         dtype=dtype,
         batch=batch,
-        training=training_memory(shape, context, batch=batch, number_bytes=BYTES[dtype]),
+        trained_as=asdict(training),
+        training=training_memory(shape, context, batch=batch, number_bytes=BYTES[dtype], training=training),
+        offloaded=offloaded_memory(shape, context, batch=batch) if training.offload_checkpoints else 0,
         generation=generation_memory(shape, context, batch=batch, number_bytes=BYTES[dtype]),
         bounded=bounded_memory(shape, context, config.segment_size, batch=batch, number_bytes=BYTES[dtype])
         if config.bounded_decode and config.segment_size is not None
@@ -133,7 +156,16 @@ def describe_plan(plan: list[list[int]]) -> str:
     return text if len(plan) == 1 else f"{text} and a last one of {plan[1][1]:,}"
 
 
-def _shape(model_config: Any, config: HiCIConfig, total: int, *, held: int, trained: int) -> Shape:
+def _linear(model: Any) -> int:
+    """Numbers in the linear layers of the decoder, HiCI's and LoRA's left out: what quantisation packs."""
+    return sum(
+        module.weight.numel()
+        for name, module in get_decoder(model).named_modules()
+        if isinstance(module, torch.nn.Linear) and not is_hici_name(f".{name}.") and ".lora_" not in name
+    )
+
+
+def _shape(model_config: Any, config: HiCIConfig, total: int, *, held: int, trained: int, linear: int = 0) -> Shape:
     heads = model_config.num_attention_heads
     window = getattr(model_config, "sliding_window", None)
     layer_types = getattr(model_config, "layer_types", None) or ["sliding_attention"] * model_config.num_hidden_layers
@@ -153,6 +185,7 @@ def _shape(model_config: Any, config: HiCIConfig, total: int, *, held: int, trai
         trained=trained,
         head_trains=bool(model_config.tie_word_embeddings),
         gated_mlp=get_architecture(model_config.model_type).gated_mlp,
+        linear=linear,
         window=window or 0,
         window_layers=layer_types.count("sliding_attention") if window else 0,
     )
