@@ -97,15 +97,14 @@ def make_step(length: int, args: argparse.Namespace) -> Callable[[str, int], flo
     })  # fmt: skip
     wrapped = prepare_model(recipe, base)
     autocast = args.precision == "autocast"
-    model = LanguageModel(wrapped if autocast else wrapped.to(torch.bfloat16)).train()
+    inner, dtype = (wrapped, torch.bfloat16) if autocast else (wrapped.to(torch.bfloat16), None)
+    model = LanguageModel(inner, dtype).train()
 
     def step(mode: str, tokens: int) -> float:
         set_attention(wrapped, mode)
         ids = torch.randint(0, base.config.vocab_size, (1, tokens), device=device)
         started = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
-            loss = model(ids)["loss"]
-        loss.backward()
+        model(ids)["loss"].backward()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

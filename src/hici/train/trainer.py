@@ -7,6 +7,7 @@ What is used of Trainer's private methods is pinned by a test over the supported
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -43,7 +44,7 @@ TRAINER_STATE, RANDOM = "trainer_state.json", "random.pt"
 class LanguageModel(nn.Module):
     """A causal LM whose forward gives the loss only, so that the Trainer (and DDP around it) never sees logits.
 
-    `autocast`: the dtype that it computes in, whatever engine is around it; None: that of its parameters.
+    `autocast`: the dtype that it computes in, whatever engine is around it; None: as its surroundings say.
     """
 
     accepts_loss_kwargs = True  # Trainer: the mean over an accumulated batch is ours (num_items_in_batch)
@@ -64,7 +65,8 @@ class LanguageModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Mean next-token loss (nats) over the targets; `labels` [B, T] as in `next_token_loss`."""
         inputs = {} if attention_mask is None else {"attention_mask": attention_mask}
-        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+        device = input_ids.device.type
+        with contextlib.nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
             total, count = next_token_loss(self.model, input_ids, labels, **inputs)
         return {"loss": total / (count if num_items_in_batch is None else num_items_in_batch)}
 
