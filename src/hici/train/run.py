@@ -15,6 +15,7 @@ from transformers import TrainingArguments, set_seed
 
 from hici.adapters.lora import trainable_parameters
 from hici.adapters.save import save_pretrained
+from hici.adapters.verify import verify
 from hici.data.packing import Rows, collate
 from hici.data.prepare import PreparedData
 from hici.files import write_json
@@ -278,6 +279,7 @@ def finish(
         training=training_facts(recipe, data.summary, rows_a_step(recipe), steps),
         overwrite=True,  # check_output has asked
     )
+    check_saved(directory, recipe)
     result = {
         "recipe": recipe.to_dict(),
         "adapter": str(directory),
@@ -302,6 +304,17 @@ def finish(
     trackers.event({"event": "end", "step": recipe.max_steps})
     plot_training([read_run(output)], output / "train.png")
     return result
+
+
+def check_saved(directory: Path, recipe: Recipe) -> None:
+    """Read the adapter back. Raises ValueError for what is missing, damaged or does not fit the base."""
+    problems = verify(directory, base_model=recipe.model if Path(recipe.model).is_dir() else None).problems
+    if problems:
+        found = "; ".join(f"{problem.name}: {problem.text}" for problem in problems)
+        raise ValueError(
+            f"{directory} was written but does not read back whole ({found}); check the disk, and go on from the last "
+            "checkpoint with --resume"
+        )
 
 
 def whole_model(recipe: Recipe, trainer: HiCITrainer) -> Any:
