@@ -279,7 +279,7 @@ def finish(
         training=training_facts(recipe, data.summary, rows_a_step(recipe), steps),
         overwrite=True,  # check_output has asked
     )
-    check_saved(directory, recipe)
+    check_saved(directory)
     result = {
         "recipe": recipe.to_dict(),
         "adapter": str(directory),
@@ -306,9 +306,9 @@ def finish(
     return result
 
 
-def check_saved(directory: Path, recipe: Recipe) -> None:
+def check_saved(directory: Path) -> None:
     """Read the adapter back. Raises ValueError for what is missing, damaged or does not fit the base."""
-    problems = verify(directory, base_model=recipe.model if Path(recipe.model).is_dir() else None).problems
+    problems = verify(directory).problems
     if problems:
         found = "; ".join(f"{problem.name}: {problem.text}" for problem in problems)
         raise ValueError(
