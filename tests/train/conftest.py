@@ -1,5 +1,7 @@
 """A base, a tokenizer and text on disk; recipes for them."""
 
+import copy
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -37,13 +39,12 @@ def text(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def values(base, text, tmp_path):
-    """A recipe's values: 64 tokens (twice the base's positions), segments of 16, past."""
+@pytest.fixture(scope="session")
+def common_values(base, text):
+    """A recipe's values but its output_dir: 64 tokens (twice the base's positions), segments of 16, past."""
     return {
         "model": str(base),
         "data": [str(text)],
-        "output_dir": str(tmp_path / "run"),
         "context_length": 64,
         "hici": {"num_local_slots": 3, "num_global_slots": 2, "num_heads": 4, "bottleneck_dim": 32,
                  "compress_dim": 16, "segment_size": 16, "visibility": "past"},
@@ -58,3 +59,9 @@ def values(base, text, tmp_path):
         "dtype": "float32",
         "device": "cpu",
     }  # fmt: skip
+
+
+@pytest.fixture
+def values(common_values, tmp_path):
+    """A recipe's values."""
+    return {**copy.deepcopy(common_values), "output_dir": str(tmp_path / "run")}

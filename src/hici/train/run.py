@@ -24,7 +24,14 @@ from hici.report.training import plot_training
 from hici.train.checkpoint import CheckpointStore, Identity
 from hici.train.heldout import heldout_losses, row_loss
 from hici.train.order import Rows, TrainingOrder
-from hici.train.output import ADAPTER, check_output, check_space, remove_old_results, training_facts
+from hici.train.output import (
+    ADAPTER,
+    check_output,
+    check_space,
+    remove_leftovers,
+    remove_old_results,
+    training_facts,
+)
 from hici.train.processes import local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import SCHEDULES, Recipe
 from hici.train.rows import TrainingData, prepare_data
@@ -64,6 +71,8 @@ def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dic
         check_space(recipe, output, model)
         store = checkpoint_store(recipe, output, model, data)
         begun = store.last() if resume else None
+        if first:
+            store.clean()
         if first and not resume:
             remove_old_results(output)
         with tempfile.TemporaryDirectory(prefix="hici-train-") as scratch:
@@ -133,6 +142,8 @@ def make_trainer(
         remove_unused_columns=False,
         label_names=["labels"],
     )
+    # a launcher's environment would decide it otherwise
+    arguments.mixed_precision = "bf16" if recipe.dtype == "bfloat16" else "no"
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # Trainer would choose DataParallel, which replicates modules without their attributes
 
@@ -242,6 +253,7 @@ def finish(recipe: Recipe, output: Path, trainer: HiCITrainer, data: TrainingDat
     }
     write_json(output / "train.json", result)
     plot_training(steps, output / "train.png")
+    remove_leftovers(output)
     return result
 
 

@@ -33,6 +33,7 @@ class Steps(TrainerCallback):
         self.segments: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state has the old run's save_steps
         if self.trainer.settings.on_begin is not None:
             self.trainer.settings.on_begin(self.trainer)
         self.started = time.perf_counter()

@@ -8,6 +8,7 @@ What is used of Trainer's private methods is pinned by a test over the supported
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -179,7 +180,9 @@ class HiCITrainer(Trainer):
             save_file(weights, directory / WEIGHTS)
             save_file(tensors, directory / OPTIMIZER)
             write_json(directory / OPTIMIZER_PLAIN, plain)
-            torch.save({"random": states, "schedule": schedule}, directory / RANDOM)
+            buffer = io.BytesIO()  # torch's own writer hides the reason when a disk is full
+            torch.save({"random": states, "schedule": schedule}, buffer)
+            (directory / RANDOM).write_bytes(buffer.getvalue())
             self.state.save_to_json(str(directory / TRAINER_STATE))
 
         if self.is_world_process_zero():
