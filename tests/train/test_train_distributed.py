@@ -135,7 +135,11 @@ class Runs:
 
     def case(self, engine, run, name=None, **more):
         name = name or f"{engine}-{run}"
-        return {"name": name, "engine": engine, "values": values_of(self.common_values, run, self.place / name, 2)} | more
+        return {
+            "name": name,
+            "engine": engine,
+            "values": values_of(self.common_values, run, self.place / name, 2),
+        } | more
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,8 @@
-"""A run that is killed and resumed is the uninterrupted one: batches, optimizer, rates, dropout, weights bit for bit."""
+"""A resumed run is the uninterrupted one: batches, optimizer, rates, dropout, weights, bit for bit."""
 
 import inspect
-import json
 import logging
-import random
 import shutil
-import signal
-import time
 
 import pytest
 import torch
@@ -22,62 +18,14 @@ from hici.train.setup import load_base, prepare_model
 from hici.train.trainer import HiCITrainer
 from training_runs import (
     assert_same_run,
+    checkpoints,
     curve,
-    leftovers,
-    start_child,
-    start_command,
     write_recipe,
 )
 
-TIMEOUT = 240  # seconds; a hang must not hang the suite
-STEPS = 8
+STEPS = 8  # of whole_run
 
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """Of runs in this process: a quarter of their time."""
-    monkeypatch.setattr("hici.train.run.plot_training", lambda steps, target: target)
-
-
-@pytest.fixture(scope="module")
-def random_values(common_values):
-    """Dropout, drawn segment counts and accumulation: all that a resumed run can get wrong."""
-    hici = {key: value for key, value in common_values["hici"].items() if key != "segment_size"}
-    return {**common_values, "hici": hici, "lora_dropout": 0.1, "segment_counts": [2, 4], "save_steps": 2,
-            "keep_checkpoints": 9, "heldout_windows": 1, "max_steps": STEPS}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def whole_run(random_values, tmp_path_factory):
-    """The uninterrupted run, with all of its checkpoints."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    train(recipe_from_dict({**random_values, "output_dir": str(output)}), progress=False)
-    return output
-
-
-@pytest.fixture
-def recipe(random_values, tmp_path):
-    def make(**changes):
-        return recipe_from_dict({**random_values, "output_dir": str(tmp_path / "run"), **changes})
-
-    return make
-
-
-@pytest.fixture
-def stopped(whole_run, tmp_path):
-    """tmp_path/run as a run leaves it that was killed after a step's checkpoint."""
-
-    def make(step):
-        for path in (whole_run / "checkpoints").glob("step-*"):
-            if int(path.name[5:]) <= step:
-                shutil.copytree(path, tmp_path / "run" / "checkpoints" / path.name)
-        return tmp_path / "run"
-
-    return make
-
-
-def checkpoints(run):
-    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def test_the_whole_run_is_one_in_which_randomness_matters(whole_run):
@@ -94,7 +42,9 @@ def test_resumed_from_a_checkpoint_it_is_the_same_run(recipe, stopped, whole_run
     trained = []
     original = HiCITrainer.training_step
     monkeypatch.setattr(
-        HiCITrainer, "training_step", lambda self, *a, **k: (trained.append(self.state.global_step), original(self, *a, **k))[1]
+        HiCITrainer,
+        "training_step",
+        lambda self, *a, **k: (trained.append(self.state.global_step), original(self, *a, **k))[1],
     )
     train(recipe(), resume=True, progress=False)
     assert trained == [step for step in range(step, STEPS) for _ in range(2)]  # and no step again
@@ -144,124 +94,6 @@ def test_save_steps_of_the_resuming_recipe_count(recipe, stopped):
     run = stopped(4)
     train(recipe(save_steps=5, keep_checkpoints=2), resume=True, progress=False)
     assert checkpoints(run) == [5, 8]
-
-
-# --- killed
-
-
-@pytest.mark.parametrize(
-    "moment, left",
-    [
-        ("in a file", 2),
-        ("before the rename", 2),
-        pytest.param("in removing an old one", 4, marks=pytest.mark.slow),
-        ("in the adapter", 8),
-        pytest.param("before the log", 8, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_while_writing(recipe, random_values, whole_run, tmp_path, moment, left):
-    keep = 1 if moment == "in removing an old one" else 9
-    values = {**random_values, "output_dir": str(tmp_path / "run"), "keep_checkpoints": keep}
-    child = start_child(write_recipe(values, tmp_path / "recipe.yaml"), moment)
-    child.join(TIMEOUT)
-    child.kill()
-    assert child.exitcode == -signal.SIGKILL
-    run = tmp_path / "run"
-    whole = [step for step in checkpoints(run) if problem_of(run / "checkpoints" / f"step-{step:08d}") is None]
-    assert whole[-1] == left
-    assert not (run / "train.json").exists()
-    if moment in ("in a file", "before the rename"):
-        assert [name[:14] for name in leftovers(run)] == [".step-00000004"]
-    train(recipe(keep_checkpoints=keep), resume=True, progress=False)
-    assert_same_run(run, whole_run)
-
-
-def test_killed_at_a_random_moment_after_the_first_checkpoint(recipe, random_values, whole_run, tmp_path):
-    run = tmp_path / "run"
-    seconds = sum(step["seconds"] for step in json.loads((whole_run / "train.json").read_text())["steps"])
-    delay = random.SystemRandom().uniform(0, seconds)
-    print(f"killed {delay:.4f} s after the first checkpoint")
-    values = {**random_values, "output_dir": str(run)}
-    child = start_child(write_recipe(values, tmp_path / "recipe.yaml"))
-    ends = time.monotonic() + TIMEOUT
-    while not checkpoints(run) and child.is_alive() and time.monotonic() < ends:
-        time.sleep(0.002)
-    time.sleep(delay)
-    child.kill()
-    child.join(TIMEOUT)
-    assert checkpoints(run)
-    train(recipe(), resume=True, progress=False)
-    assert_same_run(run, whole_run)
-
-
-@pytest.fixture(scope="module")
-def whole_command(random_values, tmp_path_factory):
-    """(the uninterrupted run by `python -m hici train`, its seconds from start to end)."""
-    place = tmp_path_factory.mktemp("command")
-    values = {**random_values, "output_dir": str(place / "run"), "keep_checkpoints": 2}
-    begun = time.monotonic()
-    finish_command(start_command(write_recipe(values, place / "recipe.yaml")))
-    return place / "run", time.monotonic() - begun
-
-
-def finish_command(process):
-    try:
-        out, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    assert process.returncode == 0, out
-    return out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(10))
-def test_killed_at_any_moment(random_values, whole_command, tmp_path, number):
-    """From the start of Python to the last file: the tenths of a run, each at a random place."""
-    expected, seconds = whole_command
-    delay = random.SystemRandom().uniform(number / 10, (number + 1) / 10) * seconds
-    values = {**random_values, "output_dir": str(tmp_path / "run"), "keep_checkpoints": 2}
-    path = write_recipe(values, tmp_path / "recipe.yaml")
-    process = start_command(path)
-    try:
-        process.wait(timeout=delay)
-    except Exception:  # noqa: BLE001: not at its end yet
-        pass
-    process.kill()
-    process.communicate(timeout=TIMEOUT)
-    print(f"killed after {delay:.3f} of {seconds:.1f} s with {process.returncode}")
-    finish_command(start_command(path, "--resume"))
-    assert_same_run(tmp_path / "run", expected)
-
-
-@pytest.mark.slow
-def test_killed_while_a_checkpoint_is_seen_being_written(random_values, whole_command, tmp_path):
-    """By its temporary name, from outside."""
-    expected, _ = whole_command
-    values = {**random_values, "output_dir": str(tmp_path / "run"), "keep_checkpoints": 2}
-    path = write_recipe(values, tmp_path / "recipe.yaml")
-    process = start_command(path)
-    place, ends = tmp_path / "run" / "checkpoints", time.monotonic() + TIMEOUT
-    while process.poll() is None and time.monotonic() < ends:
-        if checkpoints(tmp_path / "run") and any(place.glob(".step-*")):
-            break
-    process.kill()
-    process.communicate(timeout=TIMEOUT)
-    finish_command(start_command(path, "--resume"))
-    assert_same_run(tmp_path / "run", expected)
-
-
-@pytest.mark.slow
-def test_killed_again_and_again(random_values, whole_command, tmp_path):
-    expected, seconds = whole_command
-    values = {**random_values, "output_dir": str(tmp_path / "run"), "keep_checkpoints": 2}
-    path = write_recipe(values, tmp_path / "recipe.yaml")
-    for _ in range(4):
-        process = start_command(path, "--resume")
-        time.sleep(random.SystemRandom().uniform(0.5, 1) * seconds)
-        process.kill()
-        process.communicate(timeout=TIMEOUT)
-    finish_command(start_command(path, "--resume"))
-    assert_same_run(tmp_path / "run", expected)
 
 
 def test_an_interrupt_leaves_whole_checkpoints(recipe, random_values, whole_run, tmp_path, monkeypatch, capsys):
@@ -339,24 +171,12 @@ def test_overwrite_starts_anew_and_removes_the_old_checkpoints(recipe, stopped):
 
 
 def test_two_runs_in_one_place_are_refused(recipe, tmp_path):
-    with only_run_in(tmp_path / "run"):
-        with pytest.raises(ValueError, match="another run is training into .*run; wait for it, stop it, or give another"):
-            train(recipe(), progress=False)
+    with (
+        only_run_in(tmp_path / "run"),
+        pytest.raises(ValueError, match="another run is training into .*run; wait for it, stop it, or give another"),
+    ):
+        train(recipe(), progress=False)
     train(recipe(max_steps=1), progress=False)  # free again
-
-
-def test_a_killed_run_holds_no_lock(recipe, random_values, tmp_path):
-    values = {**random_values, "output_dir": str(tmp_path / "run")}
-    child = start_child(write_recipe(values, tmp_path / "recipe.yaml"))
-    ends = time.monotonic() + TIMEOUT
-    while not checkpoints(tmp_path / "run") and child.is_alive() and time.monotonic() < ends:
-        time.sleep(0.002)
-    with pytest.raises(ValueError, match="another run is training into"), only_run_in(tmp_path / "run"):
-        pass
-    child.kill()
-    child.join(TIMEOUT)
-    with only_run_in(tmp_path / "run"):
-        pass
 
 
 def test_a_disk_without_room_is_known_before_training(recipe, stopped, tmp_path, monkeypatch):
@@ -399,6 +219,7 @@ def test_a_cuda_recipe_on_a_cpu_machine(recipe, monkeypatch, tmp_path):
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_load_rng_state", ["self", "checkpoint"]),
+        ("_get_grad_norm", ["self", "model", "grad_norm"]),
         ("create_accelerator_and_postprocess", ["self"]),
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
     ],

@@ -17,7 +17,16 @@ import yaml
 from safetensors.torch import load_file
 
 SRC = Path(__file__).resolve().parents[2] / "src"
-EXACT = ("step", "loss", "learning_rate", "hici_learning_rate", "hici_grad_norm", "other_grad_norm", "segments", "tokens")
+EXACT = (
+    "step",
+    "loss",
+    "learning_rate",
+    "hici_learning_rate",
+    "hici_grad_norm",
+    "other_grad_norm",
+    "segments",
+    "tokens",
+)
 
 
 def write_recipe(values, path):
@@ -53,7 +62,13 @@ def assert_same_run(run, expected):
     assert leftovers(run) == []
 
 
+def checkpoints(run):
+    """The steps of the checkpoints that stand."""
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+
+
 def leftovers(run):
+    """What stands under temporary names."""
     return sorted(p.name for p in Path(run).rglob(".*") if p.name != ".lock")
 
 
@@ -66,9 +81,7 @@ def environment(**changes):
 def start_command(recipe, *flags):
     """`python -m hici train RECIPE`, as a user starts it."""
     command = [sys.executable, "-m", "hici", "train", str(recipe), *flags]
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def start_child(recipe, moment=None):
