@@ -17,6 +17,14 @@ settings.register_profile("hici", deadline=None, max_examples=25, derandomize=Tr
 settings.load_profile("hici")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_token_cache(tmp_path_factory):
+    """Tokens of the tests are kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import hici
-from hici.data.documents import load_documents
-from hici.data.packing import token_stream
+from hici.data.packing import load_stream
 
 
 @pytest.fixture(scope="module")
 def stream(tokenizer, text_file):
-    return token_stream(load_documents([text_file], tokenizer), tokenizer.eos_token_id)
+    return load_stream(text_file, tokenizer, vocab_size=len(tokenizer))[0]
 
 
 @torch.no_grad()

@@ -8,7 +8,18 @@ import pytest
 from hici import __version__
 from hici.cli.main import build_parser, main, parse
 
-VERBS = [["info"], ["train"], ["generate"], ["chat"], ["convert"], ["merge"], ["verify"], ["eval"], ["eval", "ppl"]]
+VERBS = [
+    ["info"],
+    ["train"],
+    ["generate"],
+    ["chat"],
+    ["convert"],
+    ["merge"],
+    ["verify"],
+    ["report"],
+    ["eval"],
+    ["eval", "ppl"],
+]
 _HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib")
 
 
@@ -40,8 +51,8 @@ def test_version(hici_command):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["evl"], "unknown hici verb 'evl'; known: chat, convert, eval, generate, info, merge, train, verify. Did you "
-         "mean 'eval'?"),
+        (["evl"], "unknown hici verb 'evl'; known: chat, convert, eval, generate, info, merge, report, train, "
+         "verify. Did you mean 'eval'?"),
         (["eval", "pp"], r"unknown hici eval verb 'pp'; known: ppl. Did you mean 'ppl'?"),
         ([], "the following arguments are required: VERB"),
         (["info", "--preset", "llama-2-7b", "--contxt", "5"], "unknown flag '--contxt' of `hici info`. Did you mean "

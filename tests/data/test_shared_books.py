@@ -1,25 +1,22 @@
 """Real books of the shared folder, where there is one."""
 
-from hici.data.documents import load_documents
-from hici.data.packing import split_documents, token_stream
+from hici.data.packing import load_stream
+from hici.data.sources import file_records
 
 
-class Bytes:
-    eos_token_id = 256
-
-    def __call__(self, text, add_special_tokens, verbose):
-        return {"input_ids": list(text.encode())}
-
-
-def test_every_book_is_read_whole(shared):
-    books = sorted((shared / "books").glob("*.txt"))
-    documents = load_documents(shared / "books", Bytes(), vocab_size=257)
-    assert [len(d.tokens) for d in documents] == [book.stat().st_size for book in books]
-    train, heldout = split_documents(documents, 0.05)
-    assert len(token_stream(train, 256)) + len(token_stream(heldout, 256)) == sum(
-        book.stat().st_size + 1 for book in books
-    )
-    assert heldout
+def test_every_book_is_read_whole_and_trained_on_or_held_out(shared, tokenizer, prepared):
+    books = sorted((shared / "books").glob("*.txt"), key=lambda book: book.stat().st_size)[:3]
+    eos = tokenizer.eos_token_id
+    texts = [next(iter(file_records(book))).value for book in books]
+    data = prepared(*books, length=4096, heldout_windows=5, heldout_fraction=0.1)
+    sides = (data.train.documents, data.heldout.documents)
+    found = {side.source(i): tokenizer.decode(side.tokens(i)) for side in sides for i in range(len(side))}
+    assert found == {str(book): text for book, text in zip(books, texts, strict=True)}
+    assert data.summary["documents"] == 2
+    assert len(data.heldout) == 5
+    stream, count = load_stream(books, tokenizer, vocab_size=len(tokenizer))
+    assert (count, (stream == eos).sum()) == (3, 3)
+    assert tokenizer.decode(stream) == "</s>".join([*texts, ""])
 
 
 def test_golden_numbers_are_the_shared_ones(shared):

@@ -9,6 +9,10 @@ from golden_checkpoint import CASES, CHECKPOINT, EXPECTED, IDS, MODES, NEEDED
 from helpers import assert_slots_matter, difference, padded, random_ids, relative, strong_model
 from hici.attention import backends, get_backend
 from hici.models.attach import reconfigure
+from hici.models.loss import next_token_loss
+from hici.models.offload import offload_checkpoints
+from hici.models.tiled_mlp import tile_mlp
+from hici.train.optimizers import create_optimizer_class
 
 pytestmark = [
     pytest.mark.gpu,
@@ -145,3 +149,71 @@ def test_bounded_generation_on_the_device(options, tmp_path):
     out.past_key_values.save(tmp_path / "cache")
     loaded = hici.HiCICache.load(tmp_path / "cache", model)
     assert loaded.tokens == out.past_key_values.tokens
+
+
+def _training_peak(model, ids):
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = next_token_loss(model, ids)[0]
+    loss.backward()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, {n: p.grad for n, p in model.named_parameters()}
+
+
+def test_offloaded_checkpoints_on_the_device():
+    """Bit-equal gradients, step after step, and the layers' inputs are not on the device."""
+    layers, tokens, width = 24, 8192, 512
+    options = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": 8, "intermediate_size": 512,
+               "max_position_embeddings": tokens}  # fmt: skip
+    model = strong_model(visibility="past", segment_size=1024, options=options, check=False).cuda().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = random_ids(1, tokens).cuda()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        plain, expected = _training_peak(model, ids)
+        again, same = _training_peak(model, ids)
+        offload_checkpoints(model)
+        for _ in range(3):
+            peak, gradients = _training_peak(model, ids)
+            for name, gradient in expected.items():
+                noise = difference(same[name], gradient)  # 0 where the device's kernels are deterministic
+                assert difference(gradients[name], gradient) <= 4 * noise, name
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert abs(again - plain) < 2**20
+    saved = (layers - 6) * tokens * width * 4
+    assert plain - peak > saved
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_tiled_mlps_on_the_device(checkpointed):
+    options = {"intermediate_size": 4096, "max_position_embeddings": 4096, "num_hidden_layers": 3}
+    model = strong_model(visibility="past", segment_size=512, options=options, check=False).cuda().train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = random_ids(1, 4096).cuda()
+    whole, expected = _training_peak(model, ids)
+    tile_mlp(model, 256)
+    tiled, gradients = _training_peak(model, ids)
+    for name, gradient in expected.items():
+        assert relative(gradients[name], gradient) < 1e-2, name
+    assert whole - tiled > 3 * 4096 * 4096 * 4 * (1 if checkpointed else 3)
+
+
+def test_8_bit_optimizers_on_the_device():
+    pytest.importorskip("bitsandbytes")
+    for name in ("adamw_8bit", "paged_adamw_8bit"):
+        model = strong_model(visibility="past").cuda().train()
+        ids = random_ids(4, 29).cuda()
+        cls, options = create_optimizer_class(name)
+        optimizer = cls(model.parameters(), lr=3e-3, **options)
+        losses = []
+        for _ in range(8):
+            loss = model(ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.1

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from helpers import loss_and_gradients, random_ids, strong_model
+from hici.models.tiled_mlp import tile_mlp
 
 CASES = {
     "past": {"visibility": "past"},
@@ -24,7 +25,9 @@ CASES = {
 }
 FSDP_CASES = ("past", "all", "no-slots")
 DDP_CASES = ("past", "one-segment-past", "no-slots", "no-global")
+TILED = ("fsdp-tiled", "ddp-tiled", "fsdp-tiled-checkpointed", "ddp-tiled-checkpointed")
 RUNS = [("fsdp", case) for case in FSDP_CASES] + [("ddp", case) for case in DDP_CASES]
+RUNS += [(task, "past") for task in TILED]
 IDS = random_ids(2, 29)
 
 
@@ -32,8 +35,17 @@ def build(case):
     return strong_model("qwen3" if case == "all" else "llama", check=False, **CASES[case]).train()
 
 
-def fsdp(case, rank):
+def prepare(case, task):
+    """The model of a case, with its MLPs in tiles of 8 tokens and checkpointed where the task's name says so."""
     model = build(case)
+    if "tiled" in task:
+        tile_mlp(model, 8)
+    if "checkpointed" in task:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def fsdp(model, rank):
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -43,8 +55,7 @@ def fsdp(case, rank):
     return loss, gradients
 
 
-def ddp(case, rank):
-    model = build(case)
+def ddp(model, rank):
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     for _ in range(3):  # an unused parameter is an error of the next forward
         model.zero_grad(set_to_none=True)
@@ -60,7 +71,7 @@ def main():
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     results = {}
     for task, case in RUNS:
-        loss, gradients = {"fsdp": fsdp, "ddp": ddp}[task](case, rank)
+        loss, gradients = {"fsdp": fsdp, "ddp": ddp}[task.split("-")[0]](prepare(case, task), rank)
         dist.all_reduce(loss)
         results[task, case] = (loss / 2, gradients)
     if rank == 0:

@@ -16,6 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hici.report.runs import read_run
+
 SRC = Path(__file__).resolve().parents[2] / "src"
 EXACT = (
     "step",
@@ -37,7 +39,12 @@ def write_recipe(values, path):
 def curve(run):
     """The loss curve of a run's train.json and what belongs to it: all numbers that do not depend on the clock."""
     saved = json.loads((Path(run) / "train.json").read_text())
-    return [{key: step[key] for key in EXACT if key in step} for step in saved["steps"]]
+    return [exact(step) for step in saved["steps"]]
+
+
+def exact(step):
+    """A step's numbers that do not depend on the clock."""
+    return {key: step[key] for key in EXACT if key in step}
 
 
 def tensors(run):
@@ -59,6 +66,7 @@ def assert_same_run(run, expected):
     saved = [json.loads((Path(place) / "train.json").read_text()) for place in (run, expected)]
     for key in ("heldout_loss", "first_sequence_loss"):
         assert saved[0][key] == saved[1][key]
+    assert [exact(step) for step in read_run(run).steps] == curve(expected)  # metrics.jsonl: each step once
     assert leftovers(run) == []
 
 

@@ -33,8 +33,9 @@ def add_parser(subparsers: Any) -> None:
     add_model_flags(parser)
     add_segment_flags(parser)
     group = parser.add_argument_group("measurement")
-    group.add_argument("--data", nargs="+", required=True, metavar="FILE", help="text, .jsonl, token .bin, globs")
-    group.add_argument("--text-key", default="text", help="key of the text in a .jsonl (default text)")
+    group.add_argument("--data", nargs="+", required=True, metavar="FILE", help="text, .jsonl, .json, .parquet, "
+                       "token .bin, globs, folders")  # fmt: skip
+    group.add_argument("--text-key", default="text", help="the text's column in records (default text)")
     group.add_argument("--context", nargs="+", type=positive, required=True, metavar="C", help="tokens of a window")
     group.add_argument("--stride", type=positive, metavar="N", help="distance of windows (default: the window)")
     group.add_argument("--max-windows", type=positive, metavar="N", help="that many, evenly spaced (default all)")

@@ -23,6 +23,7 @@ _EXAMPLES = """\
 examples:
   hici info --preset llama-2-7b --context 16384
   hici train recipe.yaml --max_steps 20
+  hici report runs/smollm2-8k
   hici eval ppl runs/adapter --data books/*.txt --context 4096 --attention full hici
   hici generate runs/adapter --prompt "Once upon a time" --max-new-tokens 64
   hici verify Llama-2-7b-HiCI-16k --base-model ~/models/Llama-2-7b-hf

@@ -15,6 +15,7 @@ examples:
   hici train recipes/smollm2-8k.yaml
   hici train recipes/smollm2-8k.yaml --max_steps 20 --hici_learning_rate 5e-4
   hici train recipes/smollm2-8k.yaml --hici.visibility past --data '[books/*.txt, notes.jsonl]'
+  hici train recipes/smollm2-8k.yaml --dry-run
   hici train recipes/smollm2-8k.yaml --resume
   torchrun --nproc-per-node 8 -m hici train recipes/llama2-7b-16k.yaml
   accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m hici train recipes/llama2-7b-16k.yaml
@@ -40,6 +41,11 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="go on from the last whole checkpoint in output_dir; from the beginning where there is none",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be trained, on how many tokens, in how much memory, and train nothing",
+    )
     parser.set_defaults(run=run, accepts_overrides=True)
 
 
@@ -50,7 +56,13 @@ def run(args: argparse.Namespace) -> int:
     from hici.train.run import train
 
     recipe = load_recipe(args.recipe, args.overrides)
-    result = train(recipe, resume=args.resume)
+    if args.dry_run:
+        from hici.report.plan import print_plan
+        from hici.train.dry_run import dry_run
+
+        print_plan(dry_run(recipe, resume=args.resume))
+        return 0
+    result = train(recipe, resume=args.resume, write=lambda line: print(line, file=sys.stderr, flush=True))
     if result:  # the first process's
         print_result(result, Path(recipe.output_dir).expanduser())
     if world_size() > 1:

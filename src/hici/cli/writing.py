@@ -77,7 +77,7 @@ def _check_document_cache(args: argparse.Namespace) -> None:
 
 def read_file(name: str, flag: str) -> str:
     """A UTF-8 text file. Raises ValueError when it is missing or not text."""
-    from hici.data.documents import read_text
+    from hici.data.sources import read_text
 
     path = Path(name).expanduser()
     if not path.is_file():

@@ -209,7 +209,7 @@ def _compressor(in_dim: int, out_dim: int, factory: dict[str, Any]) -> nn.Sequen
 def _write_scalar_gate(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """state_dict writes the gate as the published []. A sharded parameter stays as it is until it is gathered."""
     gate = state.get(prefix + "expand_scale_param")
-    if type(gate) is Tensor:
+    if type(gate) is Tensor and gate.numel():  # empty: partitioned by ZeRO-3
         state[prefix + "expand_scale_param"] = gate.reshape(())
 
 

@@ -1,163 +1,198 @@
-"""Text files, globs, folders, .jsonl and token .bin files into documents of tokens.
-
-A document is one text file, one line of a .jsonl, or one stretch between EOS tokens of a .bin.
-"""
+"""Documents of tokens that stay on disk: what is known of each, and its tokens when they are asked for."""
 
 from __future__ import annotations
 
-import glob
-import json
-from collections.abc import Iterator, Sequence
+import dataclasses
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".text")
-_UINT16_VOCABULARY = 65_535  # larger vocabularies need four bytes a token (published rule)
+from hici.data.cache import UINT16_VOCABULARY, map_file
+from hici.data.sources import place
+from hici.data.tokenising import Tokenised
+
+logger = logging.getLogger(__name__)
+
+_OPEN_FILES = 256  # mapped at a time; a process may map some ten thousand
+_BLOCK = 2**22  # tokens of a .bin looked at a time
 
 
-class Document(NamedTuple):
-    """Tokens (int64, without EOS) and where they came from."""
+class TokenFile(NamedTuple):
+    """A token file (.bin) and its documents, the stretches between EOS tokens: starts and sizes, int64 [D]."""
 
-    source: str
-    tokens: np.ndarray
+    path: Path
+    dtype: np.dtype[np.unsignedinteger]
+    starts: np.ndarray
+    sizes: np.ndarray
 
 
-def load_documents(
-    sources: str | Path | Sequence[str | Path], tokenizer: Any, *, vocab_size: int | None = None, text_key: str = "text"
-) -> list[Document]:
-    """Read and tokenise all sources, in a stable order.
+class Place(NamedTuple):
+    """A file that holds documents' tokens: its path, dtype of a .bin (None: of the cache), and what it is of."""
 
-    Args:
-        sources: files, globs (`books/*.txt`, `**` too) or folders (their text files, recursively). Endings: `.jsonl`
-            (one object with `text_key` a line), `.bin` (raw uint16 tokens, uint32 above 65,535 entries), anything
-            else is UTF-8 text.
-        tokenizer: a transformers tokenizer; used without special tokens. Only its EOS id is used for `.bin`.
-        vocab_size: entries of the model's vocabulary; decides the width of `.bin` tokens and checks every id.
-        text_key: the text's key in a `.jsonl` object.
+    path: Path
+    dtype: np.dtype[np.unsignedinteger] | None
+    label: str
 
-    Raises:
-        ValueError: nothing matches; a file is missing, empty, binary or not UTF-8; a line without the key; a token
-            outside of the vocabulary.
+
+class Store:
+    """Files of tokens, memory-mapped while they are in use. Can be pickled; the maps are opened anew."""
+
+    def __init__(self, places: list[Place]) -> None:
+        self.places = places
+        self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"places": self.places, "_open": OrderedDict()}
+
+    def arrays(self, number: int) -> dict[str, np.ndarray]:
+        """`tokens`, and in the cache `kinds`, of a file."""
+        if number not in self._open:
+            path, dtype, _ = self.places[number]
+            self._open[number] = map_file(path)[0] if dtype is None else {"tokens": np.memmap(path, dtype, "r")}
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """A table of D documents, in order. All arrays are [D] and int64 but `hashes`.
+
+    Attributes:
+        store: their tokens.
+        file, start, size: file in the store, first token in it, and number of tokens (without EOS).
+        number: of the record in its file or data set.
+        hashes: SHA-256 of the tokens as int64, of a sample's kinds too: uint8 [D, 32].
+        answers, user: instruction samples: tokens of answers, and of the user's message that may be shortened.
+        highest: the highest token id.
     """
-    documents: list[Document] = []
-    for path in expand(sources):
-        if path.suffix == ".bin":
-            documents += _token_documents(path, tokenizer, vocab_size)
-        elif path.suffix == ".jsonl":
-            documents += _tokenised(_jsonl_texts(path, text_key), tokenizer)
+
+    store: Store
+    file: np.ndarray
+    start: np.ndarray
+    size: np.ndarray
+    number: np.ndarray
+    hashes: np.ndarray
+    answers: np.ndarray
+    user: np.ndarray
+    highest: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def select(self, which: np.ndarray) -> Documents:
+        """The documents with these numbers (or of this mask), in this order."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Documents(**{k: v if k == "store" else v[which] for k, v in values.items()})
+
+    def source(self, i: int) -> str:
+        """Where document i is from, as `a.txt` or `a.jsonl:12`."""
+        return place(self.store.places[self.file[i]].label, int(self.number[i]))
+
+    def tokens(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens start..stop of document i: int64, a copy."""
+        return self._part("tokens", i, start, stop).astype(np.int64)
+
+    def kinds(self, i: int) -> np.ndarray:
+        """Kinds of the tokens of sample i (`hici.data.prompts`): uint8 [t]."""
+        return np.array(self._part("kinds", i, 0, None))
+
+    def digest(self, i: int) -> bytes:
+        """Its row of `hashes`."""
+        return self.hashes[i].tobytes()
+
+    def _part(self, name: str, i: int, start: int, stop: int | None) -> np.ndarray:
+        first = int(self.start[i])
+        stop = int(self.size[i]) if stop is None else stop
+        return self.store.arrays(int(self.file[i]))[name][first + start : first + stop]
+
+
+def table(parts: Iterable[Tokenised | TokenFile]) -> Documents:
+    """All documents of files of the cache and of token files, in order."""
+    places, columns = [], []
+    for part in parts:
+        if isinstance(part, TokenFile):
+            places.append(Place(part.path, part.dtype, str(part.path)))
+            columns.append(_of_token_file(part))
         else:
-            documents += _tokenised([(str(path), read_text(path))], tokenizer)
-    if vocab_size is not None:
-        for document in documents:
-            check_ids(document, vocab_size)
-    return documents
+            shard = part.shard
+            places.append(Place(shard.path, None, part.label))
+            columns.append({
+                "start": shard.starts[:-1], "size": np.diff(shard.starts), "number": part.numbers,
+                "hashes": shard.hashes, "answers": shard.answers, "user": shard.user,
+                "highest": shard.highest,
+            })  # fmt: skip
+        columns[-1]["file"] = np.full(len(columns[-1]["size"]), len(places) - 1, dtype=np.int64)
+    names = [f.name for f in dataclasses.fields(Documents) if f.name != "store"]
+    return Documents(Store(places), **{name: np.concatenate([column[name] for column in columns]) for name in names})
 
 
-def expand(sources: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files behind paths, globs and folders, sorted, each once (also when it is named in two ways)."""
-    paths: dict[Path, Path] = {}
-    for source in [sources] if isinstance(sources, (str, Path)) else sources:
-        for path in _expand_one(str(source)):
-            paths.setdefault(path.resolve(), path)
-    if not paths:
-        raise ValueError(f"no data: {sources!r} names no file; give text files, globs, folders, .jsonl or .bin")
-    return list(paths.values())
+def _of_token_file(part: TokenFile) -> dict[str, np.ndarray]:
+    tokens = np.memmap(part.path, part.dtype, "r")
+    hashes = np.zeros((len(part.starts), 32), dtype=np.uint8)
+    highest = np.zeros(len(part.starts), dtype=np.int64)
+    for i, (start, size) in enumerate(zip(part.starts, part.sizes, strict=True)):
+        document = np.asarray(tokens[start : start + size]).astype("<i8")
+        hashes[i] = np.frombuffer(hashlib.sha256(document.tobytes()).digest(), dtype=np.uint8)
+        highest[i] = document.max()
+    none = np.zeros(len(part.starts), dtype=np.int64)
+    return {"start": part.starts, "size": part.sizes, "number": np.arange(len(part.starts)), "hashes": hashes,
+            "answers": none, "user": none, "highest": highest}  # fmt: skip
 
 
-def _expand_one(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in (*TEXT_SUFFIXES, ".jsonl", ".bin") and p.is_file())
-        if not found:
-            raise ValueError(f"{source} is a folder without {', '.join(TEXT_SUFFIXES)}, .jsonl or .bin files")
-        return found
-    if path.is_file():
-        return [path]
-    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-    if not found:
-        raise ValueError(f"{source} does not exist, and as a glob it matches no file; check the path")
-    return found
-
-
-def read_text(path: Path) -> str:
-    """A text file's content. Raises ValueError when it is empty, binary or not UTF-8."""
-    raw = path.read_bytes()
-    if b"\0" in raw:
-        raise ValueError(f"{path} holds NUL bytes, so it is binary and not text; convert it, or name a token file .bin")
-    try:
-        text = raw.decode("utf-8-sig")  # some editors put a byte order mark in front
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte {error.start}: {raw[error.start]:#x}); convert it, for example with iconv"
-        ) from error
-    if not text.strip():
-        raise ValueError(f"{path} is empty; remove it from the data or fill it")
-    return text
-
-
-def _jsonl_texts(path: Path, key: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(
-        read_text(path).split("\n"), start=1
-    ):  # not splitlines: JSON text may hold other line ends
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON ({error.msg}); every line of a .jsonl is one object") from error
-        if not isinstance(record, dict) or not isinstance(record.get(key), str):
-            have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{place} has no text under {key!r} (it has: {have}); name the key with text_key")
-        if not record[key].strip():
-            raise ValueError(f"{place}: the text under {key!r} is empty; remove the line")
-        yield place, record[key]
-
-
-def _tokenised(texts: Any, tokenizer: Any) -> list[Document]:
-    documents = []
-    for source, text in texts:
-        # verbose=False: a document may be longer than the tokenizer's idea of the model's context; it is packed later
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        documents.append(Document(source, np.asarray(ids, dtype=np.int64)))
-    return documents
-
-
-def _token_documents(path: Path, tokenizer: Any, vocab_size: int | None) -> list[Document]:
-    stream = read_tokens(path, vocab_size)
-    ends = np.flatnonzero(stream == tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else np.array([], int)
-    pieces = np.split(stream, ends)
-    documents = [piece[1:] if i else piece for i, piece in enumerate(pieces)]  # the EOS itself is put back in packing
-    return [Document(f"{path}#{i}", piece) for i, piece in enumerate(documents) if len(piece)]
-
-
-def read_tokens(path: Path, vocab_size: int | None) -> np.ndarray:
-    """A token file as it is: int64 [tokens].
+def map_token_file(path: Path, vocab_size: int) -> np.memmap:
+    """A token file (.bin) as it is: uint16, or uint32 above 65,535 entries of vocabulary, memory-mapped.
 
     Raises:
-        ValueError: the width of a token is not known; the file is empty or no multiple of it.
+        ValueError: the file is empty or no multiple of a token.
     """
-    if vocab_size is None:
-        raise ValueError(f"{path} is a token file, whose width depends on the vocabulary; give vocab_size")
-    dtype = np.dtype("<u2") if vocab_size <= _UINT16_VOCABULARY else np.dtype("<u4")
+    dtype = np.dtype("<u2") if vocab_size <= UINT16_VOCABULARY else np.dtype("<u4")
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise ValueError(
             f"{path} has {size} bytes, but token files of a vocabulary of {vocab_size} hold {dtype.itemsize} bytes a "
             "token and at least one token; write it again"
         )
-    return np.fromfile(path, dtype=dtype).astype(np.int64)
+    return np.memmap(path, dtype, "r")
 
 
-def check_ids(document: Document, vocab_size: int) -> None:
-    """Raise ValueError unless the document has tokens and all of them are in the vocabulary."""
-    if not len(document.tokens):
-        raise ValueError(f"{document.source} gives no token; remove it from the data")
-    low, high = int(document.tokens.min()), int(document.tokens.max())
-    if low < 0 or high >= vocab_size:
+def token_file(path: Path, vocab_size: int, eos_token_id: int | None, limit: int | None = None) -> TokenFile:
+    """Documents of a .bin: the stretches between EOS tokens, the first `limit` of them; without EOS, it is one.
+
+    Raises:
+        ValueError: see `map_token_file`; nothing but EOS.
+    """
+    tokens = map_token_file(path, vocab_size)
+    found = [
+        begin + np.flatnonzero(tokens[begin : begin + _BLOCK] == eos_token_id)
+        for begin in range(0, len(tokens), _BLOCK)
+        if eos_token_id is not None
+    ]
+    ends = np.concatenate([*found, [len(tokens)]]).astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    kept = np.flatnonzero(ends > starts)[:limit]  # two EOS in a row have nothing between them
+    if not len(kept):
+        raise ValueError(f"{path} holds nothing but the EOS token {eos_token_id}; remove it from the data")
+    return TokenFile(path, tokens.dtype, starts[kept], ends[kept] - starts[kept])
+
+
+def check_vocabulary(documents: Documents, vocab_size: int) -> None:
+    """Raise ValueError unless all tokens are in the model's vocabulary."""
+    beyond = np.flatnonzero(documents.highest >= vocab_size)
+    if len(beyond):
+        check_id(documents.source(int(beyond[0])), int(documents.highest[beyond[0]]), vocab_size)
+
+
+def check_id(source: str, highest: int, vocab_size: int) -> None:
+    """Raise ValueError unless `source`'s highest token id is in the model's vocabulary."""
+    if highest >= vocab_size:
         raise ValueError(
-            f"{document.source} holds token {high if high >= vocab_size else low}, but the model's vocabulary has "
-            f"{vocab_size} entries (0..{vocab_size - 1}); it was made with another tokenizer"
+            f"{source} holds token {highest}, but the model's vocabulary has {vocab_size} entries "
+            f"(0..{vocab_size - 1}); it was made with another tokenizer"
         )

@@ -1,114 +1,222 @@
-"""Documents -> one token stream -> whole sequences; and the held-out split by document."""
+"""Documents -> rows to train on (data sets of torch), and a batch of rows; and the token stream of an evaluation.
+
+A row is {"input_ids": int64 [t], "labels": int64 [t]}; labels are -100 where there is no loss, and the first token of
+a row is never a target. Rows are read from the token cache when they are asked for.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from hici.data.documents import Document, check_ids, expand, load_documents, read_tokens
+from hici.data.documents import Documents, check_id, map_token_file
+from hici.data.encoder import Encoder
+from hici.data.prompts import ANSWER, USER
+from hici.data.sources import HubOptions, Record, place, record_sets, resolve
+from hici.data.tokenising import Pieces, refuse_empty
 
-logger = logging.getLogger(__name__)
+IGNORE = -100  # a label without a loss; torch's own default
 
 
-def token_stream(documents: Sequence[Document], eos_token_id: int | None) -> np.ndarray:
-    """All documents in order, each followed by EOS (where there is one): int64 [tokens]."""
-    end = [] if eos_token_id is None else [np.array([eos_token_id], dtype=np.int64)]
-    return np.concatenate([part for document in documents for part in (document.tokens, *end)])
+class Rows(Dataset[dict[str, Tensor]]):
+    """Rows of at most `length` tokens over documents, in an order that the seed fixes; the first `limit` of them.
+
+    Attributes:
+        available: rows without the limit.
+        left_out: tokens of the documents (and EOS behind them) that are in none of these.
+    """
+
+    available: int
+    left_out: int
+
+    def __init__(self, documents: Documents, length: int, seed: int, limit: int | None = None) -> None:
+        self.documents = documents
+        self.length = length
+        self.limit = limit
+        self.order = np.random.default_rng(seed).permutation(len(documents))
+
+    def __len__(self) -> int:
+        return self.available if self.limit is None else min(self.limit, self.available)
+
+    @abstractmethod
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int64 [t], targets bool [t]) of a row."""
+
+    @abstractmethod
+    def parts(self, index: int) -> list[int]:
+        """Numbers of the documents that a row has tokens of, in order."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        tokens, targets = self.row(index)
+        labels = np.where(targets, tokens, IGNORE)
+        labels[0] = IGNORE
+        return {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+
+    def sources(self, index: int) -> str:
+        """Names of the documents that a row has tokens of."""
+        return ", ".join(self.documents.source(i) for i in self.parts(index))
+
+
+class PackedRows(Rows):
+    """All documents in a row, each followed by EOS (where there is one), cut into whole sequences of `length`.
+
+    The tokens behind the last whole sequence are left out, fewer than `length`.
+    """
+
+    def __init__(
+        self, documents: Documents, length: int, seed: int, eos_token_id: int | None, limit: int | None = None
+    ) -> None:
+        super().__init__(documents, length, seed, limit)
+        self.eos = [] if eos_token_id is None else [eos_token_id]
+        # where each document ends in the stream, EOS included
+        self.ends = np.cumsum(documents.size[self.order] + len(self.eos), dtype=np.int64)
+        self.available, self.left_out = divmod(int(self.ends[-1]) if len(self.ends) else 0, length)
+
+    def parts(self, index: int) -> list[int]:
+        first, last = np.searchsorted(self.ends, [index * self.length, (index + 1) * self.length - 1], side="right")
+        return [int(i) for i in self.order[first : last + 1]]
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        begin = index * self.length
+        place = int(np.searchsorted(self.ends, begin, side="right"))
+        pieces: list[np.ndarray] = []
+        needed = self.length
+        while needed:
+            document = int(self.order[place])
+            size = int(self.documents.size[document])
+            start = begin + self.length - needed - (int(self.ends[place]) - size - len(self.eos))
+            part = self.documents.tokens(document, start, min(size, start + needed))
+            needed -= len(part)
+            pieces.append(part)
+            if needed and self.eos:
+                pieces.append(np.array(self.eos, dtype=np.int64))
+                needed -= 1
+            place += 1
+        return np.concatenate(pieces), np.ones(self.length, dtype=bool)
+
+
+class DocumentRows(Rows):
+    """Each document with its EOS is a row; a longer one is cut into consecutive rows of `length` tokens.
+
+    A rest of one token, which could be no target, is left out. `cut`: documents that became several rows.
+    """
+
+    def __init__(
+        self, documents: Documents, length: int, seed: int, eos_token_id: int | None, limit: int | None = None
+    ) -> None:
+        super().__init__(documents, length, seed, limit)
+        self.eos = [] if eos_token_id is None else [eos_token_id]
+        sizes = documents.size[self.order] + len(self.eos)
+        self.ends = np.cumsum(sizes // length + (sizes % length > 1), dtype=np.int64)  # rows up to each document
+        self.available = int(self.ends[-1]) if len(self.ends) else 0
+        self.left_out = int((sizes % length == 1).sum())
+        self.cut = int((sizes > length + 1).sum())
+
+    def parts(self, index: int) -> list[int]:
+        return [int(self.order[np.searchsorted(self.ends, index, side="right")])]
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        place = int(np.searchsorted(self.ends, index, side="right"))
+        document = int(self.order[place])
+        size = int(self.documents.size[document])
+        start = self.length * (index - (int(self.ends[place - 1]) if place else 0))
+        tokens = self.documents.tokens(document, min(start, size), min(size, start + self.length))
+        if len(tokens) < self.length and self.eos:
+            tokens = np.append(tokens, self.eos)
+        return tokens, np.ones(len(tokens), dtype=bool)
+
+
+class SampleRows(Rows):
+    """Each instruction sample is a row, with loss on its answers; longer ones lose the middle of the user's message."""
+
+    def __init__(self, documents: Documents, length: int, seed: int, limit: int | None = None) -> None:
+        super().__init__(documents, length, seed, limit)
+        self.available = len(documents)
+        self.left_out = int(np.maximum(documents.size - length, 0).sum())
+
+    def parts(self, index: int) -> list[int]:
+        return [int(self.order[index])]
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        sample = int(self.order[index])
+        tokens, kinds = self.documents.tokens(sample), self.documents.kinds(sample)
+        excess = len(tokens) - self.length
+        if excess > 0:
+            user = np.flatnonzero(kinds == USER)
+            first = (len(user) - excess) // 2
+            kept = np.delete(np.arange(len(tokens)), user[first : first + excess])
+            tokens, kinds = tokens[kept], kinds[kept]
+        return tokens, kinds == ANSWER
+
+
+def fits_shortened(documents: Documents, length: int) -> np.ndarray:
+    """Which samples fit when the user's longest message is shortened, at least one token of it staying: bool [D]."""
+    excess = documents.size - length
+    return np.asarray((excess <= 0) | (excess < documents.user))
+
+
+def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch: input_ids and labels [B, T]; shorter rows are padded on the right, then with attention_mask [B, T]."""
+    length = max(len(row["input_ids"]) for row in rows)
+    pad = lambda name, value: torch.stack([  # noqa: E731
+        torch.nn.functional.pad(row[name], (0, length - len(row[name])), value=value) for row in rows
+    ])  # fmt: skip
+    batch = {"input_ids": pad("input_ids", 0), "labels": pad("labels", IGNORE)}  # 0 is in every vocabulary
+    sizes = torch.tensor([len(row["input_ids"]) for row in rows])
+    if bool((sizes < length).any()):
+        batch["attention_mask"] = (torch.arange(length) < sizes[:, None]).long()
+    return batch
 
 
 def load_stream(
-    sources: str | Path | Sequence[str | Path], tokenizer: Any, *, vocab_size: int, text_key: str = "text"
+    sources: str | Path | Sequence[str | Path],
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    text_key: str = "text",
+    hub: HubOptions | None = None,
 ) -> tuple[np.ndarray, int]:
     """(stream, documents) to measure on: int64 [tokens] of all sources in order, and how many documents they hold.
 
-    A text document is followed by EOS; a token file is taken as it is, and counts as one.
+    A text document is followed by EOS; a token file is taken as it is, and counts as one. Nothing is cached.
 
     Raises:
-        ValueError: as `load_documents`.
+        ValueError: nothing matches; a broken or empty file; wrong columns; a token outside of the vocabulary.
     """
-    parts, count = [], 0
-    for path in expand(sources):
-        if path.suffix == ".bin":
-            documents = [Document(str(path), read_tokens(path, vocab_size))]
-            check_ids(documents[0], vocab_size)
-            parts.append(documents[0].tokens)
-        else:
-            documents = load_documents(path, tokenizer, vocab_size=vocab_size, text_key=text_key)
-            parts.append(token_stream(documents, tokenizer.eos_token_id))
-        count += len(documents)
-    return np.concatenate(parts), count
+    encoder = Encoder(tokenizer, text_key=text_key)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    parts: list[np.ndarray] = []
+    count = 0
+    for source in resolve(sources):
+        for label, records in record_sets(source, hub or HubOptions()):
+            if records is None:
+                tokens = np.array(map_token_file(Path(label), vocab_size), dtype=np.int64)
+                documents = [tokens]
+            else:
+                documents = _encoded(label, records, encoder)
+            for tokens in documents:
+                check_id(label, int(tokens.max()), vocab_size)
+            parts += documents if records is None else [np.append(tokens, end) for tokens in documents]
+            count += len(documents)
+    return np.concatenate(parts).astype(np.int64), count
 
 
-def pack(
-    documents: Sequence[Document], length: int, eos_token_id: int | None, *, seed: int, what: str = "the data"
-) -> np.ndarray:
-    """Documents in a seeded random order, packed into whole sequences: int64 [sequences, length].
-
-    `what` names the documents in an error. The tokens behind the last whole sequence are left out (fewer than
-    `length`; the caller can count them).
-
-    Raises:
-        ValueError: fewer tokens than one sequence.
-    """
-    order = np.random.default_rng(seed).permutation(len(documents))
-    stream = token_stream([documents[i] for i in order], eos_token_id)
-    count = len(stream) // length
-    if count == 0:
-        raise ValueError(
-            f"{what} has {len(stream)} tokens, fewer than one sequence of {length}; give more text or a shorter context"
-        )
-    return stream[: count * length].reshape(count, length)
-
-
-def content_hash(document: Document) -> str:
-    """SHA-256 of its tokens."""
-    return hashlib.sha256(document.tokens.tobytes()).hexdigest()
-
-
-def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """(training, held out): whole documents, chosen by a hash of their tokens.
-
-    The same documents give the same split in any order, and the same text is never on both sides. (Other documents
-    can give another split: hold out files of their own to compare runs on different data.) `fraction` is of tokens
-    and approximate: documents are taken in the order of their hash, without those that would overshoot twice; a share
-    that is far from it is logged.
-
-    Raises:
-        ValueError: a fraction outside of [0, 1); fewer than two documents with a fraction above 0.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"held-out fraction {fraction} is not in [0, 1); give for example 0.05")
-    if fraction == 0:
-        return list(documents), []
-    by_content: dict[str, list[Document]] = {}
-    for document in documents:
-        by_content.setdefault(content_hash(document), []).append(document)
-    if len(by_content) < 2:
-        raise ValueError(
-            f"a held-out split by document needs two different documents, but the data has {len(by_content)}; give "
-            "more files, a separate held-out set, or heldout_fraction=0"
-        )
-    wanted = fraction * sum(len(document.tokens) for document in documents)
-    sizes = {key: sum(len(document.tokens) for document in by_content[key]) for key in sorted(by_content)}
-    chosen: set[str] = set()
-    tokens = 0
-    for key, size in list(sizes.items())[:-1]:  # at least one stays for training
-        if tokens < wanted and tokens + size <= 2 * wanted:
-            chosen.add(key)
-            tokens += size
-    if not chosen:
-        smallest = min(sizes, key=lambda key: sizes[key])
-        chosen, tokens = {smallest}, sizes[smallest]
-    if not 0.5 * wanted <= tokens <= 2 * wanted:
-        logger.warning(
-            "%.1f %% of the tokens are held out instead of %.1f %%, since documents are held out whole; split long "
-            "documents, or give held-out data of its own", 100 * fraction * tokens / wanted, 100 * fraction,
-        )  # fmt: skip
-    train = [d for key, group in by_content.items() if key not in chosen for d in group]
-    heldout = [d for key, group in by_content.items() if key in chosen for d in group]
-    return train, heldout
+def _encoded(label: str, records: Iterator[Record], encoder: Encoder) -> list[np.ndarray]:
+    """Tokens of all documents of a file or data set that have any. Raises ValueError when none has."""
+    pieces = Pieces(records, encoder)
+    documents = []
+    for piece in pieces:
+        samples = [(place(label, number), sample) for number, sample in zip(piece.numbers, piece.samples, strict=True)]
+        documents += [encoded.ids for encoded in encoder.encode(samples)]
+    found = [document for document in documents if len(document)]
+    refuse_empty(label, len(found), pieces.empty + len(documents) - len(found))
+    return found

@@ -152,7 +152,7 @@ def perplexity(
 
     Args:
         model: a causal LM, plain, attached, or inside PEFT.
-        stream: token ids, int64 [X]; see `hici.data.packing.token_stream`.
+        stream: token ids, int64 [X]; see `hici.data.packing.load_stream`.
         context: tokens of a window, C.
         stride, max_windows: see `choose_windows`.
         allow_beyond_rope: permit more tokens than the model's rope represents.

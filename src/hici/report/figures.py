@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
+def new_mosaic(layout: Sequence[Sequence[str]], *, width: float, height: float) -> tuple[Any, dict[str, Any]]:
+    """(figure, axes by name): `layout` names what lies where, as in matplotlib's subplot_mosaic."""
+    figure = _bare_figure(width, height)
+    axes = figure.subplot_mosaic([list(row) for row in layout])
+    for axis in axes.values():
+        _style(axis)
+    return figure, axes
+
+
 def new_figure(*, columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Any, Any]:
     """(figure, axes): `columns` axes in a row (a single one is returned bare). Needs no display, changes no global."""
+    figure = _bare_figure(width * columns, height)
+    axes = figure.subplots(1, columns)
+    for axis in [axes] if columns == 1 else axes:
+        _style(axis)
+    return figure, axes
+
+
+def _bare_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns)
-    for axis in [axes] if columns == 1 else axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure
+
+
+def _style(axis: Any) -> None:
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def save_figure(figure: Any, target: str | Path) -> Path:

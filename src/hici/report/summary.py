@@ -179,3 +179,11 @@ def _rope(model_config: Any, context: int) -> str:
     except ValueError:
         return f"{positions:,} positions, scaled already: {context:,} needs other rope settings"
     return f"{positions:,} positions; {context:,} needs {'linear' if kind == 'default' else kind} scaling by {factor:g}"
+
+
+def training_estimate(
+    model_config: Any, config: HiCIConfig, *, held: int, trained: int, context: int, dtype: str, batch: int
+) -> dict[str, int]:
+    """Bytes by part of a training step whose parameters were counted: `held` in memory, `trained` of them trained."""
+    shape = _shape(model_config, config, held, held=held, trained=trained)
+    return training_memory(shape, context, batch=batch, number_bytes=BYTES[dtype])

@@ -6,6 +6,7 @@
         optimizer.json          its other values and its groups
         trainer_state.json      the Trainer's step and log
         random.pt               random states of every process, and the learning rates' schedule
+        global_step100/, latest with DeepSpeed, in place of optimizer.*: its own files, written by every process
         complete.json           written last: step, SHA-256 of every file and of itself, and what the run is
 
 A directory is made under a temporary name, synced and renamed, so a killed run leaves the old one or the
@@ -103,11 +104,11 @@ class CheckpointStore:
         try:
             with atomic_directory(target, overwrite=True, marker=COMPLETE) as temporary:
                 fill(temporary)
-                files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+                paths = sorted(path for path in temporary.rglob("*") if path.is_file())
                 facts = {
                     "format_version": FORMAT_VERSION,
                     "step": step,
-                    "files": files,
+                    "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in paths},
                     "identity": dataclasses.asdict(self.identity),
                 }
                 write_json(temporary / COMPLETE, {**facts, "sha256": _sha256_of_facts(facts)})
@@ -171,6 +172,11 @@ class CheckpointStore:
 def _remove(path: Path) -> None:
     (path / COMPLETE).unlink(missing_ok=True)  # first: a half-removed checkpoint is none
     shutil.rmtree(path, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a whole checkpoint was written after."""
+    return int(read_json(checkpoint / COMPLETE)["step"])
 
 
 def problem_of(path: Path) -> str | None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hici.data.packing import Rows, collate
 from hici.models.lookup import FULL
 from hici.models.modes import set_attention
-from hici.train.order import Rows
 from hici.train.processes import everyones, rank, world_size
 
 
@@ -61,4 +61,4 @@ def row_loss(model: nn.Module, row: dict[str, Tensor], device: Any) -> float:
 
 def batch_of(row: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
     """One row as a batch on a device."""
-    return {key: value[None].to(device) for key, value in row.items()}
+    return {key: value.to(device) for key, value in collate([row]).items()}

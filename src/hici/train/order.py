@@ -5,26 +5,16 @@ So a resumed run, another number of processes and the recomputation of gradient 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hici.data.packing import Rows
+
 _SEGMENTS = 1  # streams of randomness beside one another under one seed
 _ROWS = 2
-
-
-class Rows(Protocol):
-    """Tokenised rows: `rows[i]` is {"input_ids": int64 [t], "labels": int64 [t]}."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
-
-    def sources(self, index: int) -> str:
-        """The documents of a row, for messages."""
-        ...
 
 
 class TrainingOrder(Dataset[dict[str, Tensor]]):

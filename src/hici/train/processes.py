@@ -76,6 +76,19 @@ def only_run_in(directory: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Context: of several processes that share `directory`, one after the other. (The first does what all need.)"""
+    if world_size() == 1 or fcntl is None:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".one_at_a_time").open("w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: then all do it
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def everyones(value: Any) -> list[Any]:
     """What every process has, in their order. All of them must call it together."""
     if world_size() == 1:

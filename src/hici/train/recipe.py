@@ -43,7 +43,7 @@ class Recipe:
 
     Attributes:
         model: name or path of the base.
-        data: text files, globs, folders, .jsonl or token .bin (see `hici.data.documents`).
+        data: text files, globs, folders, .jsonl, .json, .parquet, token .bin or hub:org/name (docs/data.md).
         output_dir: gets adapter/, checkpoints/, metrics.jsonl, train.json and train.png.
         context_length: tokens in a sequence; rope grows by `rope` where the base represents fewer.
         method: attention trained in: "hici", or the baselines "hici_s2" (LongLoRA's) and "full", both LoRA without HiCI

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,21 @@ from transformers import TrainingArguments, set_seed
 
 from hici.adapters.lora import trainable_parameters
 from hici.adapters.save import save_pretrained
+from hici.data.packing import Rows, collate
+from hici.data.prepare import PreparedData
 from hici.files import write_json
 from hici.machine import peak_memory
 from hici.models.attach import reconfigure
 from hici.models.lookup import FULL, HICI, get_decoder
 from hici.models.modes import leaks_future, set_attention
+from hici.models.quantized import NONE
 from hici.provenance import provenance
+from hici.report.runs import read_run
 from hici.report.training import plot_training
-from hici.train.checkpoint import CheckpointStore, Identity
+from hici.train.checkpoint import CheckpointStore, Identity, step_of
 from hici.train.heldout import heldout_losses, row_loss
-from hici.train.order import Rows, TrainingOrder
+from hici.train.optimizers import create_optimizer_class
+from hici.train.order import TrainingOrder
 from hici.train.output import (
     ADAPTER,
     check_output,
@@ -34,9 +40,19 @@ from hici.train.output import (
 )
 from hici.train.processes import local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import SCHEDULES, Recipe
-from hici.train.rows import TrainingData, prepare_data
-from hici.train.setup import attached_config, check_device, load_base, prepare_model, uses_cpu
+from hici.train.rows import prepare_data
+from hici.train.setup import (
+    attached_config,
+    autocast_dtype,
+    check_device,
+    check_engine,
+    check_launcher,
+    load_base,
+    prepare_model,
+    uses_cpu,
+)
 from hici.train.state import gather_weights, is_sharded, restore_weights
+from hici.train.tracking import Trackers, make_trackers, start_event
 from hici.train.trainer import HiCITrainer, LanguageModel, Settings
 
 logger = logging.getLogger(__name__)
@@ -46,17 +62,25 @@ BEGIN = "begin"  # the log's entry of what was measured before the first step
 _SAME_LOSS = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
-def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Run a recipe, in one process or as one of several that a launcher started. Returns what train.json holds.
+def train(
+    recipe: Recipe, *, resume: bool = False, progress: bool = True, write: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Run a recipe, in one process or as one of several that a launcher started.
 
     The adapter is in output_dir/adapter. With `resume` it goes on from the last whole checkpoint in output_dir, or from
-    the beginning where there is none.
+    the beginning where there is none. `write` gets the lines of the table; None: logging.
+
+    Returns:
+        What train.json holds, on the first process; on the others {}.
 
     Raises:
         ValueError: bad data, model or recipe; existing results without `resume` or `overwrite` (before any work); a
             checkpoint of another run; TrainingDivergedError on a NaN or infinite loss or gradient.
     """
     check_device(recipe)
+    check_launcher()
+    check_engine(recipe)
+    create_optimizer_class(recipe.optimizer)  # not installed: known before any work
     output = Path(recipe.output_dir).expanduser()
     first = rank() == 0
     if first:
@@ -64,21 +88,28 @@ def train(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dic
     with only_run_in(output) if first else contextlib.nullcontext():
         set_seed(recipe.seed)
         tokenizer, model = load_base(recipe)
-        data = prepare_data(recipe, tokenizer, model.config.vocab_size)
+        data = prepare_data(recipe, tokenizer, model.config.vocab_size, progress=progress and first)
         check_processes(recipe, data)
         base_loss = base_loss_of(recipe, model, data.train)
         model = prepare_model(recipe, model)
         check_space(recipe, output, model)
         store = checkpoint_store(recipe, output, model, data)
         begun = store.last() if resume else None
+        at = None if begun is None else step_of(begun)
         if first:
             store.clean()
-        if first and not resume:
-            remove_old_results(output)
-        with tempfile.TemporaryDirectory(prefix="hici-train-") as scratch:
-            trainer = make_trainer(recipe, model, data, scratch, store=store, base_loss=base_loss)
+            if begun is None:
+                remove_old_results(output)
+        with (
+            make_trackers(recipe, output, resumed_at=at, progress=progress, write=write)
+            if first
+            else Trackers([]) as trackers,
+            tempfile.TemporaryDirectory(prefix="hici-train-") as scratch,
+        ):
+            trackers.event(start_event(recipe) if at is None else {"event": "resume", "step": at})
+            trainer = make_trainer(recipe, model, data, scratch, store=store, base_loss=base_loss, trackers=trackers)
             trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
-        return finish(recipe, output, trainer, data, tokenizer)
+            return finish(recipe, output, trainer, data, tokenizer, trackers)
 
 
 def rows_a_step(recipe: Recipe) -> int:
@@ -86,7 +117,7 @@ def rows_a_step(recipe: Recipe) -> int:
     return recipe.batch_size * recipe.gradient_accumulation_steps * world_size()
 
 
-def check_processes(recipe: Recipe, data: TrainingData) -> None:
+def check_processes(recipe: Recipe, data: PreparedData) -> None:
     """Raise ValueError when a step would give two processes the same sequence; say when sequences repeat at all."""
     rows, needed = len(data.train), recipe.max_steps * rows_a_step(recipe)
     if world_size() > 1 and rows < recipe.batch_size * world_size():
@@ -98,7 +129,7 @@ def check_processes(recipe: Recipe, data: TrainingData) -> None:
         logger.warning("%d sequences are needed but there are %d: they repeat", needed, rows)
 
 
-def checkpoint_store(recipe: Recipe, output: Path, model: Any, data: TrainingData) -> CheckpointStore:
+def checkpoint_store(recipe: Recipe, output: Path, model: Any, data: PreparedData) -> CheckpointStore:
     """Where the run's checkpoints lie, and what it is known by."""
     base = get_decoder(model).hici_attached.base_fingerprint
     identity = Identity(recipe.to_dict(), data.fingerprint, base, rows_a_step(recipe))
@@ -108,12 +139,12 @@ def checkpoint_store(recipe: Recipe, output: Path, model: Any, data: TrainingDat
 def make_trainer(
     recipe: Recipe,
     model: Any,
-    data: TrainingData,
+    data: PreparedData,
     scratch: str,
     *,
     store: CheckpointStore | None = None,
     base_loss: float | None = None,
-    progress: bool = False,
+    trackers: Trackers | None = None,
 ) -> HiCITrainer:
     """The Trainer of a recipe; its only files are checkpoints."""
     arguments = TrainingArguments(
@@ -127,8 +158,7 @@ def make_trainer(
         weight_decay=recipe.weight_decay,
         adam_beta1=recipe.adam_beta1,
         adam_beta2=recipe.adam_beta2,
-        max_grad_norm=0.0,  # each group is clipped on its own (train.steps)
-        bf16=recipe.dtype == "bfloat16",
+        max_grad_norm=one_clip(recipe),
         use_cpu=uses_cpu(recipe),
         train_sampling_strategy="sequential",  # TrainingOrder has drawn the order
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every step
@@ -142,30 +172,47 @@ def make_trainer(
         remove_unused_columns=False,
         label_names=["labels"],
     )
-    # a launcher's environment would decide it otherwise
-    arguments.mixed_precision = "bf16" if recipe.dtype == "bfloat16" else "no"
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # Trainer would choose DataParallel, which replicates modules without their attributes
 
+    trackers = trackers or Trackers([])
+
     def begin(trainer: HiCITrainer) -> None:
         if trainer.state.global_step == 0:
-            trainer.state.log_history.append({BEGIN: before_first_step(recipe, trainer, data, base_loss), "step": 0})
+            measured = before_first_step(recipe, trainer, data, base_loss)
+            trainer.state.log_history.append({BEGIN: measured, "step": 0})
+            trackers.event({"event": "heldout", "step": 0, "losses": measured["heldout_loss"]})
 
     return HiCITrainer(
-        model=LanguageModel(model),
+        model=LanguageModel(model, autocast_dtype(recipe)),
         args=arguments,
+        data_collator=collate,
         train_dataset=TrainingOrder(data.train, recipe.max_steps * rows_a_step(recipe), recipe.seed),
         settings=Settings(
             hici_learning_rate=recipe.hici_learning_rate,
             clips={"hici": recipe.hici_max_grad_norm, "other": recipe.max_grad_norm},
-            optimizer=(torch.optim.AdamW, {}),
+            optimizer=create_optimizer_class(recipe.optimizer),
             rows_a_step=rows_a_step(recipe),
             checkpoints=store,
             segment_counts=recipe.segment_counts,
             seed=recipe.seed,
             on_begin=begin,
+            on_step=trackers.step,
+            on_checkpoint=lambda step, path: trackers.event({"event": "checkpoint", "step": step, "path": str(path)}),
         ),
     )
+
+
+def one_clip(recipe: Recipe) -> float:
+    """Trainer's own clip: none (0), since each group is clipped by its own norm (train.steps), but with DeepSpeed.
+
+    DeepSpeed holds the gradients itself and clips all of them by one norm: then the smaller clip counts.
+    """
+    if not wants_deepspeed():
+        return 0.0
+    clip = min(recipe.max_grad_norm, recipe.hici_max_grad_norm)
+    logger.warning("DeepSpeed clips all gradients together: by the smaller one of the two clips, %s", clip)
+    return clip
 
 
 def base_loss_of(recipe: Recipe, model: Any, rows: Rows) -> float | None:
@@ -176,13 +223,13 @@ def base_loss_of(recipe: Recipe, model: Any, rows: Rows) -> float | None:
     if wants_fsdp() or wants_deepspeed():
         return None
     device = torch.device("cpu") if uses_cpu(recipe) else torch.device("cuda", local_rank())
-    model.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-        return row_loss(LanguageModel(model), rows[0], device)
+    if recipe.quantization == NONE:  # else it lies there already
+        model.to(device)
+    return row_loss(LanguageModel(model, autocast_dtype(recipe)), rows[0], device)
 
 
 def before_first_step(
-    recipe: Recipe, trainer: HiCITrainer, data: TrainingData, base_loss: float | None
+    recipe: Recipe, trainer: HiCITrainer, data: PreparedData, base_loss: float | None
 ) -> dict[str, Any]:
     """Losses before anything was trained: held out, and on the first training row beside the base's.
 
@@ -214,13 +261,16 @@ def before_first_step(
     return {"first_sequence_loss": first, "heldout_loss": heldout}
 
 
-def finish(recipe: Recipe, output: Path, trainer: HiCITrainer, data: TrainingData, tokenizer: Any) -> dict[str, Any]:
+def finish(
+    recipe: Recipe, output: Path, trainer: HiCITrainer, data: PreparedData, tokenizer: Any, trackers: Trackers
+) -> dict[str, Any]:
     """After the last step: held-out losses, the adapter, train.json and train.png (the first process writes)."""
     model = trainer.language_model
     config = attached_config(recipe)
     reconfigure(model, num_segments=config.num_segments, segment_size=config.segment_size)  # not the last one drawn
     before = next(entry[BEGIN] for entry in trainer.state.log_history if BEGIN in entry)
     after = heldout_losses(trainer.model_wrapped, model, data.heldout, recipe.method, trainer.args.device)
+    trackers.event({"event": "heldout", "step": recipe.max_steps, "losses": after})
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     hici, others = trainable_parameters(trainer.model)
     leaks = {recipe.method: leaks_future(model), FULL: False}
@@ -246,13 +296,18 @@ def finish(recipe: Recipe, output: Path, trainer: HiCITrainer, data: TrainingDat
         "processes": world_size(),
         "steps": steps,
         "first_sequence_loss": before["first_sequence_loss"],
-        "heldout_loss": {"before": before["heldout_loss"], "after": after, "unit": "nats a token"},
+        "heldout_loss": {
+            "before": {mode: before["heldout_loss"][mode] for mode in after},
+            "after": after,
+            "unit": "nats a token",
+        },
         "seconds": sum(step["seconds"] for step in steps),
         "peak_memory_bytes": peak_memory(trainer.args.device),
         "made_with": provenance(),
     }
     write_json(output / "train.json", result)
-    plot_training(steps, output / "train.png")
+    trackers.event({"event": "end", "step": recipe.max_steps})
+    plot_training([read_run(output)], output / "train.png")
     remove_leftovers(output)
     return result
 
@@ -268,6 +323,10 @@ def whole_model(recipe: Recipe, trainer: HiCITrainer) -> Any:
     weights = gather_weights(trainer.model)
     if rank() != 0:
         return None
+    if wants_deepspeed():
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # else ZeRO-3 would partition this model too, over processes that make none
     model = LanguageModel(prepare_model(recipe, load_base(recipe)[1]))
     restore_weights(model, weights)
     return model.model

@@ -11,10 +11,15 @@ from transformers import AutoTokenizer
 from hici.adapters.lora import add_lora, trainable_parameters
 from hici.config import HiCIConfig
 from hici.models.attach import attach
-from hici.models.load import first_line, load_plain_model
+from hici.models.load import first_line
 from hici.models.lookup import FULL, HICI
 from hici.models.modes import set_attention
+from hici.models.offload import StreamTransfers, offload_checkpoints
+from hici.models.quantized import NONE, load_quantized
+from hici.models.tiled_mlp import tile_mlp
 from hici.rope import check_context, extend_rope
+from hici.train.optimizers import ADAMW
+from hici.train.processes import local_rank, wants_deepspeed, wants_fsdp
 from hici.train.recipe import Recipe
 
 
@@ -32,10 +37,27 @@ def uses_cpu(recipe: Recipe) -> bool:
     return recipe.device == "cpu" or not torch.accelerator.is_available()
 
 
+def check_launcher() -> None:
+    """Raise ValueError when the launcher's settings contradict the recipe's."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no":
+        raise ValueError(
+            f"the launch config says mixed_precision {precision!r}, but precision is the recipe's key dtype; write "
+            "mixed_precision: 'no' in the config (see recipes/accelerate)"
+        )
+
+
+def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
+    """What the recipe computes in where that is not what its trained parameters are in."""
+    return torch.bfloat16 if recipe.dtype == "bfloat16" else None
+
+
 def load_base(recipe: Recipe) -> tuple[Any, Any]:
     """(tokenizer, model) of the recipe, rope extended to its context."""
     name = os.path.expanduser(recipe.model)  # not Path: a hub name keeps its slash everywhere
-    model = load_plain_model(name, dtype=getattr(torch, recipe.dtype))
+    # quantised weights are made where they stay
+    place = None if recipe.quantization == NONE or uses_cpu(recipe) else {"": local_rank()}
+    model = load_quantized(name, recipe.quantization, dtype=getattr(torch, recipe.dtype), device_map=place)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -66,10 +88,34 @@ def prepare_model(recipe: Recipe, model: Any) -> Any:
     for group in trainable_parameters(wrapped):
         for parameter in group:
             parameter.data = parameter.data.float()
-    if recipe.gradient_checkpointing:
+    if recipe.offload_checkpoints and not on_meta(model):
+        # an engine may put the model on its GPU later
+        offload_checkpoints(model, transfers=None if uses_cpu(recipe) else StreamTransfers())
+    elif recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.mlp_tile is not None:
+        tile_mlp(model, recipe.mlp_tile)
     set_attention(wrapped, recipe.method)
     return wrapped
+
+
+def on_meta(model: Any) -> bool:
+    """Whether the model has shapes only."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def check_engine(recipe: Recipe) -> None:
+    """Raise ValueError for what bitsandbytes cannot do when an engine divides the parameters."""
+    engine = "FSDP" if wants_fsdp() else "DeepSpeed" if wants_deepspeed() else None
+    if engine is None:
+        return
+    for key, plain in (("quantization", NONE), ("optimizer", ADAMW)):
+        value = getattr(recipe, key)
+        if value != plain:
+            raise ValueError(
+                f"{key}={value!r} with {engine}, which divides tensors that bitsandbytes keeps in blocks; give "
+                f"{plain!r}, or start the run with DDP (torchrun)"
+            )
 
 
 def attached_config(recipe: Recipe) -> HiCIConfig:

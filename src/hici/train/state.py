@@ -1,7 +1,7 @@
 """Trained weights and optimizer state as whole tensors by name, from and into any engine's way of holding them.
 
-One process and DDP hold them whole, FSDP2 as DTensors. What is written is always whole, on the CPU, under the model's
-own names, so that a checkpoint of one can be resumed by another.
+One process and DDP hold them whole, FSDP2 as DTensors, ZeRO-3 in its own way. What is written is always whole, on the
+CPU, under the model's own names, so that a checkpoint of one can be resumed by another.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether an engine holds parts of the parameters only."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Whether an engine holds parts of the parameters only (FSDP2, DeepSpeed's ZeRO-3)."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all of its shards, on the CPU, in memory of its own. All processes must call it together."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().to("cpu", copy=True).contiguous()
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().to("cpu", copy=True).contiguous()
 

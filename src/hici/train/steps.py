@@ -47,6 +47,8 @@ class Steps(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         hici, others = trainable_parameters(trainer.model)
+        if trainer.is_deepspeed_enabled:  # it holds the gradients itself, and clips all of them by one norm
+            return
         for name, parameters in (("hici", hici), ("other", others)):
             if not parameters:
                 continue

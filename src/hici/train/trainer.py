@@ -8,6 +8,7 @@ What is used of Trainer's private methods is pinned by a test over the supported
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -41,13 +42,17 @@ TRAINER_STATE, RANDOM = "trainer_state.json", "random.pt"
 
 
 class LanguageModel(nn.Module):
-    """A causal LM whose forward gives the loss only, so that the Trainer (and DDP around it) never sees logits."""
+    """A causal LM whose forward gives the loss only, so that the Trainer (and DDP around it) never sees logits.
+
+    `autocast`: the dtype that it computes in, whatever engine is around it; None: that of its parameters.
+    """
 
     accepts_loss_kwargs = True  # Trainer: the mean over an accumulated batch is ours (num_items_in_batch)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
+        self.autocast = autocast
         # accelerate shards by these classes
         self._no_split_modules = list(getattr(get_causal_lm(model), "_no_split_modules", None) or [])
 
@@ -60,7 +65,8 @@ class LanguageModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Mean next-token loss (nats) over the targets; `labels` [B, T] as in `next_token_loss`."""
         inputs = {} if attention_mask is None else {"attention_mask": attention_mask}
-        total, count = next_token_loss(self.model, input_ids, labels, **inputs)
+        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+            total, count = next_token_loss(self.model, input_ids, labels, **inputs)
         return {"loss": total / (count if num_items_in_batch is None else num_items_in_batch)}
 
 
@@ -77,6 +83,7 @@ class Settings:
         segment_counts, seed: as in the recipe.
         on_begin: called once the model is as the engine trains it, before the first step, with the trainer.
         on_step: gets a dict of numbers for each optimizer step, on the first process.
+        on_checkpoint: gets the step and place of a checkpoint that is whole, on the first process.
     """
 
     hici_learning_rate: float
@@ -88,6 +95,7 @@ class Settings:
     seed: int = 0
     on_begin: Callable[[HiCITrainer], None] | None = None
     on_step: Callable[[dict[str, Any]], None] | None = None
+    on_checkpoint: Callable[[int, Path], None] | None = None
 
 
 class HiCITrainer(Trainer):
@@ -115,7 +123,7 @@ class HiCITrainer(Trainer):
         return self.model.model
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer; FSDP also on CPU processes, where accelerate's own switch leaves it out.
+        """As Trainer; FSDP also on CPU processes, where accelerate's own switch leaves it out, and in full precision.
 
         The plugin and everything behind it are accelerate's, so that two CPU processes prove what many GPUs run.
         """
@@ -127,6 +135,11 @@ class HiCITrainer(Trainer):
             state._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            # LanguageModel decides what is computed in bfloat16, as in one process; gradients are summed in float32
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The recipe's optimizer over (others, HiCI)."""
@@ -162,35 +175,60 @@ class HiCITrainer(Trainer):
                 self.settings.on_step({"step": step, **logs})
         super().log(logs, *args, **kwargs)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """None: Steps measures the groups. Trainer's own turns all gradients into NaN where one is."""
-        return
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """None: Steps measures the groups, and Trainer's way turns all gradients into NaN where one is.
+
+        With DeepSpeed, which measures them itself: as Trainer.
+        """
+        return super()._get_grad_norm(model, grad_norm) if self.is_deepspeed_enabled else None
 
     def rows_of(self, step: int) -> str:
         """The rows of an optimizer step (from 0) and their documents, for an error."""
         return describe_rows(self.order, step, self.settings.rows_a_step)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer; with DeepSpeed, what reads its checkpoints expects trained parameters only."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            engine = self._engine()
+            engine.load_checkpoint = functools.partial(_load_trained, engine.load_checkpoint)
+        return scheduler
+
+    def _engine(self) -> Any:
+        """DeepSpeed's engine around the model."""
+        return self.accelerator.deepspeed_engine_wrapped.engine
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's place for writing a checkpoint: a whole one or none (hici.train.checkpoint)."""
         store = self.settings.checkpoints
         if store is None:
             return
+        step, first = self.state.global_step, self.is_world_process_zero()
         weights = gather_weights(self.model)
-        tensors, plain = gather_optimizer(self.optimizer, self.model)
-        states = everyones(random_state())
-        schedule = self.lr_scheduler.state_dict()
+        optimizer = None if self.is_deepspeed_enabled else gather_optimizer(self.optimizer, self.model)
+        everything = {"random": everyones(random_state()), "schedule": self.lr_scheduler.state_dict()}
 
-        def fill(directory: Path) -> None:
+        def fill(directory: Path | None) -> None:
+            if optimizer is None:  # every process writes its shard
+                place = everyones(None if directory is None else str(directory))[0]
+                self._engine().save_checkpoint(place, tag=f"global_step{step}", exclude_frozen_parameters=True)
+            if directory is None:
+                return
             save_file(weights, directory / WEIGHTS)
-            save_file(tensors, directory / OPTIMIZER)
-            write_json(directory / OPTIMIZER_PLAIN, plain)
+            if optimizer is not None:
+                save_file(optimizer[0], directory / OPTIMIZER)
+                write_json(directory / OPTIMIZER_PLAIN, optimizer[1])
             buffer = io.BytesIO()  # torch's own writer hides the reason when a disk is full
-            torch.save({"random": states, "schedule": schedule}, buffer)
+            torch.save(everything, buffer)
             (directory / RANDOM).write_bytes(buffer.getvalue())
             self.state.save_to_json(str(directory / TRAINER_STATE))
 
-        if self.is_world_process_zero():
-            store.write(self.state.global_step, fill)
+        if first:
+            place = store.write(step, fill)
+            if self.settings.on_checkpoint is not None:
+                self.settings.on_checkpoint(step, place)
+        else:
+            fill(None)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -202,8 +240,9 @@ class HiCITrainer(Trainer):
         if checkpoint is None:
             return
         directory = Path(checkpoint)
-        tensors, plain = load_file(directory / OPTIMIZER), read_json(directory / OPTIMIZER_PLAIN)
-        restore_optimizer(self.optimizer, self.model, tensors, plain)
+        if not self.is_deepspeed_enabled:  # which has read its own files
+            tensors, plain = load_file(directory / OPTIMIZER), read_json(directory / OPTIMIZER_PLAIN)
+            restore_optimizer(self.optimizer, self.model, tensors, plain)
         self.lr_scheduler.load_state_dict(torch.load(directory / RANDOM, weights_only=True)["schedule"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -213,3 +252,8 @@ class HiCITrainer(Trainer):
         states = torch.load(Path(checkpoint) / RANDOM, weights_only=True)["random"]
         if len(states) == self.args.world_size:  # other processes cannot have the same streams; only dropout uses them
             restore_random(states[self.args.process_index])
+
+
+def _load_trained(load_checkpoint: Any, directory: str, load_module_strict: bool = True, **kwargs: Any) -> Any:
+    """DeepSpeed's load_checkpoint for files without the frozen parameters."""
+    return load_checkpoint(directory, load_module_strict=False, **kwargs)

@@ -29,6 +29,7 @@ class Architecture:
             is a suffix of every other norm).
         embeddings: the input embedding's name, likewise.
         attention: the attention module's name on a layer.
+        mlp: the MLP's name on a layer; its forward takes the hidden states and nothing else.
         cache_argument: the name under which the attention module gets the cache.
         whole_rope_factor: rope factors are rounded up to a whole number, as in the published code of the family.
         gated_mlp: the MLP has a gate beside its first projection (for the memory estimate).
@@ -39,6 +40,7 @@ class Architecture:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm", "model.norm")
     embeddings: str = "embed_tokens"
     attention: str = "self_attn"
+    mlp: str = "mlp"
     cache_argument: str = "past_key_values"
     whole_rope_factor: bool = True
     gated_mlp: bool = True
@@ -61,6 +63,11 @@ class Architecture:
         """The attention module of every layer of the decoder (the model without its head), in order."""
         layers: Any = decoder.layers
         return [getattr(layer, self.attention) for layer in layers]
+
+    def mlp_modules(self, decoder: nn.Module) -> list[nn.Module]:
+        """The MLP of every layer of the decoder, in order."""
+        layers: Any = decoder.layers
+        return [getattr(layer, self.mlp) for layer in layers]
 
     def slot_keys_values(self, attention: Any, slots_BXD: Tensor) -> tuple[Tensor, Tensor]:
         """Slot keys and values [B, X, J, E] from the layer's own projections: no RoPE and no q/k-norm."""

@@ -1,0 +1,74 @@
+"""metrics.jsonl: what a training run leaves behind, one JSON object a line.
+
+A line is an optimizer step, {"step": 7, "loss": 2.1, ...}, or an event, {"event": "checkpoint", "step": 7, ...}.
+`step` counts from 1; events before the first step have step 0. `hici.train.tracking` writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl, in the file's order.
+
+    A last line that a killed process did not finish is left out, with a warning.
+
+    Raises:
+        ValueError: no such file; a line that is no entry, with its number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; `hici train` writes it, so check the path")
+    whole, torn = split_torn(path.read_bytes())
+    if torn:
+        logger.warning("%s: the last line is not whole (%d bytes) and is left out", path, len(torn))
+    return [_entry(path, i, line) for i, line in enumerate(whole.splitlines(), start=1)]
+
+
+def split_torn(content: bytes) -> tuple[bytes, bytes]:
+    """(whole lines, what is left of a last line that was not finished).
+
+    A last line that lacks only its newline counts as whole.
+    """
+    whole, newline, last = content.rpartition(b"\n")
+    if not last:
+        return content, b""
+    try:
+        finished = isinstance(json.loads(last), dict)
+    except ValueError:
+        finished = False
+    return (content + b"\n", b"") if finished else (whole + newline, last)
+
+
+def steps_of(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The optimizer steps among the entries."""
+    return [entry for entry in entries if "event" not in entry]
+
+
+def events_of(entries: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """The events of those names among the entries."""
+    return [entry for entry in entries if entry.get("event") in names]
+
+
+def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is not JSON ({error}); take the line out, or restore the file") from (
+            error
+        )
+    step = entry.get("step") if isinstance(entry, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(
+            f"{path}, line {number} has step {step!r}, but an entry is an object with a whole number `step` >= 0; take "
+            "the line out, or restore the file"
+        )
+    return entry
