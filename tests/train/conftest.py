@@ -111,6 +111,8 @@ def stopped(whole_run, tmp_path):
         for path in (whole_run / "checkpoints").glob("step-*"):
             if int(path.name[5:]) <= step:
                 shutil.copytree(path, tmp_path / "run" / "checkpoints" / path.name)
+        if step:  # the log has gone on past the checkpoint
+            shutil.copy(whole_run / "metrics.jsonl", tmp_path / "run")
         return tmp_path / "run"
 
     return make

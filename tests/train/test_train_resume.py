@@ -157,6 +157,7 @@ def test_resumed_with_other_data_or_another_base_it_says_so(recipe, random_value
 
 def test_checkpoints_without_resume_are_refused_before_any_work(recipe, stopped):
     run = stopped(4)
+    (run / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="checkpoints holds checkpoints of an earlier run.*--resume.*--overwrite true"):
         train(recipe(model="does/not/exist"), progress=False)
     assert checkpoints(run) == [2, 4]
