@@ -7,7 +7,7 @@
         trainer_state.json      the Trainer's step and log
         random.pt               random states of every process, and the learning rates' schedule
         global_step100/, latest with DeepSpeed, in place of optimizer.*: its own files, written by every process
-        complete.json           written last: step, SHA-256 of every file, and what the run is
+        complete.json           written last: step, SHA-256 of every file and of itself, and what the run is
 
 A directory is made under a temporary name, synced and renamed, so a killed run leaves the old one or the
 whole new one.
@@ -23,6 +23,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from hici.files import atomic_directory, read_json, write_json
 
@@ -65,7 +67,7 @@ class Identity:
         for name in ("data", "base", "rows_a_step"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                short = [str(value)[:12] for value in (mine, theirs)]
+                short = [str(value).removeprefix("sha256:")[:12] for value in (mine, theirs)]
                 found.append(f"{_MEANING[name]}: {short[0]} -> {short[1]}")
         return found
 
@@ -84,33 +86,33 @@ class CheckpointStore:
         self.directory = output / "checkpoints"
         self.identity = identity
         self.keep = keep
+        self._damaged: set[Path] = set()  # what `last` passed over
 
     def path(self, step: int) -> Path:
         """Where a step's checkpoint lies."""
         return self.directory / f"step-{step:08d}"
 
     def write(self, step: int, fill: Callable[[Path], None]) -> Path:
-        """Write a checkpoint with `fill(directory)`, read it back, and only then remove the oldest ones.
+        """Write a checkpoint with `fill(directory)`, read it back, and only then remove the oldest and damaged ones.
 
         Raises:
             ValueError: no space is left, or what was read back is not what was written. Older ones still stand then.
         """
         target = self.path(step)
+        if target in self._damaged:
+            _remove(target)
         try:
             with atomic_directory(target, overwrite=True, marker=COMPLETE) as temporary:
                 fill(temporary)
                 paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-                files = {path.relative_to(temporary).as_posix(): sha256(path) for path in paths}
-                write_json(
-                    temporary / COMPLETE,
-                    {
-                        "format_version": FORMAT_VERSION,
-                        "step": step,
-                        "files": files,
-                        "identity": dataclasses.asdict(self.identity),
-                    },
-                )
-        except OSError as error:
+                facts = {
+                    "format_version": FORMAT_VERSION,
+                    "step": step,
+                    "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in paths},
+                    "identity": dataclasses.asdict(self.identity),
+                }
+                write_json(temporary / COMPLETE, {**facts, "sha256": _sha256_of_facts(facts)})
+        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
             raise ValueError(
                 f"the checkpoint of step {step} could not be written in {self.directory} ({error}); make room or mend "
                 "the place, then go on with --resume from the last whole one"
@@ -133,6 +135,7 @@ class CheckpointStore:
             problem = problem_of(path)
             if problem:
                 logger.warning("%s is not whole (%s); an older checkpoint is looked for", path, problem)
+                self._damaged.add(path)
                 continue
             self._check_identity(path)
             return path
@@ -157,12 +160,18 @@ class CheckpointStore:
             )
 
     def _prune(self, newest: int) -> None:
-        whole = sorted(self.directory.glob("step-*"))
-        for path in whole[: max(0, len(whole) - self.keep)]:
-            if path == self.path(newest):
-                continue
-            (path / COMPLETE).unlink(missing_ok=True)  # first: a half-removed checkpoint is none
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self._damaged - {self.path(newest)}:
+            _remove(path)
+        self._damaged.clear()
+        standing = sorted(self.directory.glob("step-*"))
+        for path in standing[: max(0, len(standing) - self.keep)]:
+            if path != self.path(newest):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    (path / COMPLETE).unlink(missing_ok=True)  # first: a half-removed checkpoint is none
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -174,12 +183,14 @@ def problem_of(path: Path) -> str | None:
     """Why a checkpoint is not whole: every file is read and compared with its SHA-256. None: it is."""
     try:
         complete = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-        files = complete["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{COMPLETE}: {error}"
-    if complete.get("format_version") != FORMAT_VERSION:
-        return f"format_version {complete.get('format_version')}; this hici reads {FORMAT_VERSION}"
-    for name, digest in files.items():
+        digest, version = complete.pop("sha256"), complete["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{COMPLETE}: {type(error).__name__}: {error}"
+    if digest != _sha256_of_facts(complete):
+        return f"{COMPLETE} holds other values than were written"
+    if version != FORMAT_VERSION:
+        return f"format_version {version}; this hici reads {FORMAT_VERSION}"
+    for name, digest in complete["files"].items():
         try:
             found = sha256(path / name)
         except OSError as error:
@@ -193,3 +204,7 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_facts(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -41,9 +41,9 @@ def mean_loss(model: nn.Module, rows: Rows, device: Any) -> float:
         own = start + rank() < len(rows)
         row = rows[start + rank() if own else 0]
         targets = int((row["labels"][1:] != -100).sum())
-        if targets:
-            loss = model(**batch_of(row, device))["loss"]
-            total, count = total + own * float(loss) * targets, count + own * targets
+        loss = model(**batch_of(row, device))["loss"]
+        if own and targets:
+            total, count = total + float(loss) * targets, count + targets
     model.train(was_training)
     parts = everyones((total, count))
     return sum(part for part, _ in parts) / max(1, sum(number for _, number in parts))

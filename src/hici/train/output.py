@@ -50,6 +50,16 @@ def remove_old_results(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
+def remove_leftovers(output: Path) -> None:
+    """Remove what killed runs left under temporary names beside the results, once these stand."""
+    for name in (ADAPTER, *RESULTS):
+        for path in output.glob(f".{name}.*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def space_needed(recipe: Recipe, trained: int) -> int:
     """Bytes of a run's files on disk: an adapter and the checkpoints that stand at one time."""
     adapter = _TRAINED_BYTES * trained
@@ -63,7 +73,9 @@ def check_space(recipe: Recipe, output: Path, model: Any) -> None:
     """Raise ValueError when the disk cannot hold what the run will write."""
     needed = space_needed(recipe, sum(p.numel() for group in trainable_parameters(model) for p in group))
     existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    # earlier checkpoints make way for this run's
+    held = sum(path.stat().st_size for path in (output / CHECKPOINTS).rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free + held
     if free < needed:
         raise ValueError(
             f"{output} has {free / 1e9:.1f} GB free, but the run writes up to {needed / 1e9:.1f} GB (adapter and "

@@ -185,8 +185,8 @@ class Recipe:
         return HiCIConfig.from_dict(self.hici)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for YAML or JSON."""
-        return dataclasses.asdict(self)
+        """Plain values, for YAML or JSON (which knows no infinity: a clip of inf is "inf")."""
+        return {key: "inf" if value == math.inf else value for key, value in dataclasses.asdict(self).items()}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -31,7 +31,14 @@ from hici.train.checkpoint import CheckpointStore, Identity, step_of
 from hici.train.heldout import heldout_losses, row_loss
 from hici.train.optimizers import create_optimizer_class
 from hici.train.order import TrainingOrder
-from hici.train.output import ADAPTER, check_output, check_space, remove_old_results, training_facts
+from hici.train.output import (
+    ADAPTER,
+    check_output,
+    check_space,
+    remove_leftovers,
+    remove_old_results,
+    training_facts,
+)
 from hici.train.processes import local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import SCHEDULES, Recipe
 from hici.train.rows import prepare_data
@@ -303,6 +310,7 @@ def finish(
     write_json(output / "train.json", result)
     trackers.event({"event": "end", "step": recipe.max_steps})
     plot_training([read_run(output)], output / "train.png")
+    remove_leftovers(output)
     return result
 
 

@@ -33,6 +33,7 @@ class Steps(TrainerCallback):
         self.segments: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state has the old run's save_steps
         if self.trainer.settings.on_begin is not None:
             self.trainer.settings.on_begin(self.trainer)
         self.started = time.perf_counter()
@@ -54,7 +55,7 @@ class Steps(TrainerCallback):
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if not norm.isfinite():
-                raise TrainingDivergedError(self._about(float(norm), name))
+                raise TrainingDivergedError(self._about(float(norm), name, parameters))
             nn.utils.clip_grads_with_norm_(parameters, trainer.settings.clips[name], norm)
             trainer.step_log[f"{name}_grad_norm"] = float(norm)
         if hici:
@@ -73,14 +74,15 @@ class Steps(TrainerCallback):
         if self.segments is not None:
             self.trainer.step_log["segments"] = self.segments
 
-    def _about(self, norm: float, group: str) -> str:
+    def _about(self, norm: float, group: str, parameters: list[Any]) -> str:
         """Where a gradient is not finite (on this process, where it holds a part of each)."""
         trainer = self.trainer
         step = trainer.state.global_step
+        own = {id(parameter) for parameter in parameters}
         bad = [
             name.removeprefix("model.").removeprefix("base_model.model.")
             for name, parameter in trained(trainer.model)
-            if not _is_finite(parameter.grad)
+            if id(parameter) in own and not _is_finite(parameter.grad)
         ]
         names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         return (

@@ -2,7 +2,7 @@
 checkpoints of its own.
 
 What is used of Trainer's private methods is pinned by a test over the supported versions: `_save_checkpoint`,
-`_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`.
+`_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_get_grad_norm`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,13 @@ class HiCITrainer(Trainer):
                 self.settings.on_step({"step": step, **logs})
         super().log(logs, *args, **kwargs)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """None: Steps measures the groups, and Trainer's way turns all gradients into NaN where one is.
+
+        With DeepSpeed, which measures them itself: as Trainer.
+        """
+        return super()._get_grad_norm(model, grad_norm) if self.is_deepspeed_enabled else None
+
     def rows_of(self, step: int) -> str:
         """The rows of an optimizer step (from 0) and their documents, for an error."""
         return describe_rows(self.order, step, self.settings.rows_a_step)
@@ -212,7 +220,9 @@ class HiCITrainer(Trainer):
             if optimizer is not None:
                 save_file(optimizer[0], directory / OPTIMIZER)
                 write_json(directory / OPTIMIZER_PLAIN, optimizer[1])
-            torch.save(everything, directory / RANDOM)
+            buffer = io.BytesIO()  # torch's own writer hides the reason when a disk is full
+            torch.save(everything, buffer)
+            (directory / RANDOM).write_bytes(buffer.getvalue())
             self.state.save_to_json(str(directory / TRAINER_STATE))
 
         if first:
