@@ -35,6 +35,7 @@ def atomic_directory(target: str | Path, *, overwrite: bool = False, marker: str
             _sync(path)
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is for the temporary only
         _swap(temporary, target)
+        _sync(target.parent)  # the rename itself
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -99,6 +100,7 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         _sync(temporary)
         temporary.replace(target)
+        _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -37,6 +37,14 @@ _FREE = (
     "output_dir", "overwrite", "logging_steps", "save_steps", "keep_checkpoints", "tensorboard", "data_workers",
     "token_cache", "device", "offload_checkpoints",
 )  # fmt: skip
+# keys that a fingerprint stands for: told where it differs, free where it is the same (moved files, other spellings)
+_STOOD_FOR = {
+    "base": ("model",),
+    "data": (
+        "data", "heldout_data", "data_format", "text_key", "packing", "prompt", "overlong", "hub_split", "hub_config",
+        "streaming", "max_documents", "heldout_fraction", "heldout_windows",
+    ),
+}  # fmt: skip
 # how a step's rows are dealt out: their product and the number of processes must stay
 _DEALT = ("batch_size", "gradient_accumulation_steps")
 
@@ -60,7 +68,8 @@ class Identity:
     def differences(self, other: Identity) -> list[str]:
         """What `other` has otherwise, each as "key: this -> other"."""
         found = []
-        for key in sorted({*self.recipe, *other.recipe} - {*_FREE, *_DEALT}):
+        same = {key for name, keys in _STOOD_FOR.items() if getattr(self, name) == getattr(other, name) for key in keys}
+        for key in sorted({*self.recipe, *other.recipe} - {*_FREE, *_DEALT, *same}):
             mine, theirs = self.recipe.get(key), other.recipe.get(key)
             if mine != theirs and not (key == "max_steps" and self._may_go_on(other)):
                 found.append(f"{key}: {mine!r} -> {theirs!r}")
