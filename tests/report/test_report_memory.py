@@ -16,7 +16,7 @@ from hici.models.loss import next_token_loss
 from hici.models.modes import set_attention
 from hici.models.offload import enable_checkpointing
 from hici.models.tiled_mlp import tile_mlp
-from hici.report.memory import Shape, Training, layer_bytes, offloaded_memory, training_memory
+from hici.report.memory import OVERHEAD, Shape, Training, layer_bytes, offloaded_memory, training_memory
 from hici.report.summary import summarise
 
 HICI = {"num_local_slots": 8, "num_heads": 8, "bottleneck_dim": 64, "compress_dim": 16, "visibility": "past"}
@@ -94,7 +94,7 @@ def estimate(model, tokens, dtype, training):
     name = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype]
     parts = summarise(model.config, config(tokens), context=tokens, dtype=name, training=training).training
     fixed = parts["weights"] + parts["gradients"]
-    return fixed, sum(parts.values()) - fixed - parts["optimizer"]
+    return fixed, sum(parts.values()) - fixed - parts["optimizer"] - OVERHEAD
 
 
 CASES = [

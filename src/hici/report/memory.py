@@ -3,7 +3,7 @@
 Symbols: B sequences, T tokens, L layers, D width, I width of the MLP, H query heads, J key/value heads, E head
 dimension, V vocabulary, h and M heads and slots of local construction, b bytes of a number (2 for bfloat16).
 
-    training    = weights + gradients + optimizer + checkpoints + the largest of (one layer, loss)
+    training    = weights + gradients + optimizer + checkpoints + the largest of (one layer, loss) + 160 MiB
       weights     b x frozen parameters + 4 x trained  trained ones (PEFT's copies too) are float32 in `hici train`;
                                                        8 bits: 1 byte for each number of the decoder's linear layers,
                                                        4 bits: 0.52
@@ -39,9 +39,9 @@ dimension, V vocabulary, h and M heads and slots of local construction, b bytes 
                        + 4 M (2 h + C)                 local construction: C its width; both only with slots
                        + 4 (1 + 4 D))                  statistics; once a segment is finished
 
-Not in it: what the allocator and the libraries keep for themselves, the data, other processes. On the CPU that is some
-100 MiB where glibc gives blocks back (MALLOC_MMAP_THRESHOLD_=1048576), and much more where not: docs/memory.md. An
-estimate, of layers like Llama's: tests compare it with the tensors that are live in a step, and benchmarks/memory.py
+The 160 MiB are what the allocator and the libraries keep for themselves (measured on the CPU where glibc gives blocks
+back, MALLOC_MMAP_THRESHOLD_=1048576; where not, it is much more: docs/memory.md). Not in it: the data, other processes.
+An estimate, of layers like Llama's: tests compare it with the tensors that are live in a step, and benchmarks/memory.py
 with the memory of processes.
 """
 
@@ -54,6 +54,7 @@ from hici.registry import suggest
 
 LOSS_CHUNK = 2**25  # logits held at a time, as in hici.models.loss
 TRAINED_BYTES = 4
+OVERHEAD = 160 * 2**20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
 # of a number of the decoder's linear layers; 4 bits: NF4, a scale of 8 bits for 64 numbers and a float32 for 256 scales
@@ -189,6 +190,7 @@ def training_memory(
     chunk = min(rows * shape.vocabulary, LOSS_CHUNK)
     loss = chunk * (4 + copied) + 16 * rows * shape.width + (4 + number_bytes + copied) * head + casts
     parts["one layer or the loss"] = max(layer, loss)
+    parts["allocator and libraries"] = OVERHEAD
     return {name: round(count) for name, count in parts.items()}
 
 
