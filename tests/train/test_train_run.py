@@ -286,3 +286,15 @@ def test_a_heldout_part_that_is_too_small_is_named(values):
         prepare_data(
             recipe_from_dict({**values, "heldout_fraction": 0.01, "context_length": 400}), *_tokenizer_and_size(values)
         )
+
+
+def test_every_method_begins_with_the_same_lora(parts):
+    """So that methods of one seed differ in nothing else."""
+    found = {}
+    for method in ("hici", "hici_s2", "full"):
+        _, model, _, _ = parts(method=method)
+        found[method] = {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_A." in n}
+    assert len(found["full"]) > 4
+    for method in ("hici", "hici_s2"):
+        assert found[method].keys() == found["full"].keys()
+        assert all(torch.equal(value, found["full"][name]) for name, value in found[method].items())

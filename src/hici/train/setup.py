@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 
 from hici.adapters.lora import add_lora, trainable_parameters
 from hici.config import HiCIConfig
@@ -74,6 +74,7 @@ def load_base(recipe: Recipe) -> tuple[Any, Any]:
 def prepare_model(recipe: Recipe, model: Any) -> Any:
     """Attach HiCI and LoRA; trained parameters in float32 (bfloat16 would round small updates away)."""
     attach(model, attached_config(recipe))
+    set_seed(recipe.seed)  # LoRA begins alike in every method, whatever modules were made before
     wrapped = add_lora(
         model,
         r=recipe.lora_r,
