@@ -344,15 +344,20 @@ def _plot_differences(
         aside = 2 ** (0.08 * (i - (len(names) - 1) / 2))  # or the bars of one length hide each other
         own = [each for each in found if each["a"] == name]
         at = [each["length"] * aside for each in own]
-        axes.plot(at, [each["loss_difference"] for each in own], color=color, marker=marker, linestyle="")
+        axes.plot(at, [each["loss_difference"] for each in own], color=color, marker=marker, markersize=4, linestyle="")
+        for x, each in zip(at, own, strict=True):
+            seeds = each["by_seed"]
+            axes.plot([x * 1.02] * len(seeds), seeds, color=color, marker=marker, linestyle="", markersize=2.5)
         # what is wider lies behind, thin and with caps
         for key, style in (
             ("interval_windows_and_seeds", {"capsize": 3, "elinewidth": 1}),
-            ("interval_windows", {"elinewidth": 4}),
+            ("interval_windows", {"elinewidth": 5, "alpha": 0.5}),
         ):
             known = [(x, each) for x, each in zip(at, own, strict=True) if each[key] is not None]
             middles = [each["loss_difference"] for _, each in known]
             ends = [[sign * (each[key][side] - each["loss_difference"]) for _, each in known]
                     for side, sign in ((0, -1), (1, 1))]  # fmt: skip
             axes.errorbar([x for x, _ in known], middles, yerr=ends, color=color, linestyle="", **style)
-    axes.set_ylabel(f"loss - loss of {reference}, nats (95 %; thick: windows, thin: and seeds)")
+    axes.set_ylabel(
+        f"loss - loss of {reference}, nats; small points: seeds\n95 % intervals: windows (thick), windows and seeds (thin)"
+    )
