@@ -359,5 +359,6 @@ def _plot_differences(
                     for side, sign in ((0, -1), (1, 1))]  # fmt: skip
             axes.errorbar([x for x, _ in known], middles, yerr=ends, color=color, linestyle="", **style)
     axes.set_ylabel(
-        f"loss - loss of {reference}, nats; small points: seeds\n95 % intervals: windows (thick), windows and seeds (thin)"
+        f"loss - loss of {reference}, nats; small points: seeds\n"
+        "95 % intervals: windows (thick), windows and seeds (thin)"
     )
