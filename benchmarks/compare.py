@@ -6,8 +6,9 @@ Every method trains on all books but one from the same recipe (compare.yaml, and
 the same tokens in every step, the same steps and seeds; only the recipe's `method` and hici.visibility differ. The base
 is the model with its context cut to --base-context by its config, and its rope is extended to --context. Then all are
 measured in full attention on the book left out, over the same windows at several lengths; `hici-past` also in its own
-attention, which is causal too. Differences are paired by window and seed, with a bootstrap interval; one that holds
-zero is called not distinguishable. docs/comparison.md has the protocol and the commands.
+attention, which is causal too. Differences are paired by window and seed, with an interval over windows and one
+over windows and seeds; where one holds zero they are called not distinguishable. docs/comparison.md has the protocol
+and the commands.
 
 Each run is a process of its own and leaves its result in --scratch: with --resume, a benchmark that was stopped goes on
 with the runs that are not finished. A run that fails is reported, and the others go on.
@@ -34,12 +35,10 @@ from compare_report import (
     check_same_data,
     comparisons,
     costs,
-    difference_table,
-    heading,
     make_series,
-    perplexity_table,
-    plot,
+    tables,
     timed,
+    write_report,
 )
 from compare_setup import (
     FULL,
@@ -55,7 +54,8 @@ from compare_setup import (
     spec_key,
 )
 from hici.eval.perplexity import choose_windows
-from hici.files import check_writable, read_json, write_json, write_text
+from hici.files import check_writable, read_json, write_json
+from hici.provenance import provenance
 
 WORKER = Path(__file__).with_name("compare_worker.py")
 PATHS = ("model", "data", "output_dir", "token_cache")  # of this machine; not for results
@@ -64,10 +64,11 @@ DESCRIPTION = (__doc__ or "").partition("\n\nEach run")[0]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
-    args, overrides = parser.parse_known_args(arguments)
-    args.overrides, args.command = overrides, " ".join(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args, overrides = parser.parse_known_args(given)
+    args.overrides, args.command = overrides, " ".join(given)
     try:
-        return Comparison(args).run()
+        return Comparison(args).run() if args.report is None else report_again(args.report, given)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
@@ -77,9 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="directory of the base")
-    add("--books", type=Path, required=True, help="folder of text files")
-    add("--test-book", required=True, help="the one of them that is not trained on")
+    add("--model", type=Path, help="directory of the base")
+    add("--books", type=Path, help="folder of text files")
+    add("--test-book", help="the one of them that is not trained on")
     add("--context", type=positive, default=8192, help="tokens of a training sequence (default 8192)")
     add("--base-context", type=positive, default=2048, help="positions the base is cut to (default 2048)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default all")
@@ -99,6 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="keep the finished runs in --scratch")
     add("--out", type=Path, help="folder for compare-DEVICE-CONTEXT-DATE.json, .md and .png")
     add("--overwrite", action="store_true", help="replace such files")
+    add("--report", type=Path, metavar="FILE.json", help="train nothing: make the differences, tables and picture of "
+        "such a file anew from its stored losses, and replace them there")  # fmt: skip
     return parser
 
 
@@ -110,6 +113,10 @@ def positive(text: str) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """What can be refused before anything is read; fills in defaults that depend on other options."""
+    if missing := [
+        f"--{name.replace('_', '-')}" for name in ("model", "books", "test_book") if not getattr(args, name)
+    ]:
+        raise ValueError(f"{', '.join(missing)} missing; a comparison needs a base, books and the one to test on")
     for flag, values in (("--methods", args.methods), ("--seeds", args.seeds), ("--eval-lengths", args.eval_lengths)):
         if values and len(set(values)) != len(values):
             raise ValueError(f"{flag} {' '.join(map(str, values))} names one twice; name each once")
@@ -338,45 +345,42 @@ class Comparison:
 
     def report(self, runs: list[dict[str, Any]], baselines: dict[str, list[dict[str, Any]]]) -> int:
         """Tables on the screen and in files, from the runs that did not fail."""
+        args = self.args
         if not runs:
             raise ValueError(f"every run failed: {'; '.join(self.failures)}")
-        series, cost = make_series(runs, baselines), costs(runs, self.profile)
-        found = comparisons(series)
-        text = f"{perplexity_table(series, cost)}\n\n{difference_table(found)}\n"
-        if self.failures:
-            text += "\nFailed, and not in the tables:\n\n" + "".join(f"* {line}\n" for line in self.failures)
-        print(f"\n{text}")
-        if self.target is not None:
-            self.write(self.target, runs, baselines, cost, found, text)
-            plot(series, found, self.target.with_suffix(".png"))
-            print(f"wrote {self.target}.json, .md and .png")
-        return 1 if self.failures else 0
-
-    def write(
-        self,
-        target: Path,
-        runs: list[dict[str, Any]],
-        baselines: dict[str, list[dict[str, Any]]],
-        cost: dict[str, dict[str, Any]],
-        found: list[dict[str, Any]],
-        text: str,
-    ) -> None:
-        from hici.provenance import provenance
-
-        made_with, args = provenance(), self.args
         for run in runs:
             del run["trained"]["adapter"]
         settings = {key: getattr(args, key) for key in (
             "context", "base_context", "methods", "seeds", "steps", "equal_time", "eval_lengths", "eval_windows",
             "eval_precision", "jobs", "profile_steps")}  # fmt: skip
-        settings["model"] = args.model.name
-        recipe = {key: value for key, value in self.shared.items() if key not in PATHS}
-        write_json(target.with_suffix(".json"), {
-            "settings": settings, "recipe": recipe, "data": self.data.facts, "costs": cost, "comparisons": found,
+        result = {
+            "command": args.command, "settings": {**settings, "model": args.model.name},
+            "recipe": {key: value for key, value in self.shared.items() if key not in PATHS}, "data": self.data.facts,
+            "costs": costs(runs, self.profile), "comparisons": comparisons(make_series(runs, baselines)),
             "baselines": baselines, "runs": runs, "profile": self.profile, "failures": self.failures,
-            "made_with": made_with,
-        })  # fmt: skip
-        write_text(target.with_suffix(".md"), heading(args, made_with, self.data.facts, solo=bool(self.profile)) + text)
+            "made_with": provenance(),
+        }  # fmt: skip
+        print(f"\n{tables(result)}")
+        if self.target is not None:
+            write_report(result, self.target)
+            print(f"wrote {self.target}.json, .md and .png")
+        return 1 if self.failures else 0
+
+
+def report_again(file: Path, given: Sequence[str]) -> int:
+    """Tables, verdicts and picture of a JSON file from its stored losses; what was measured stays as it is."""
+    if len(given) > 2:
+        raise ValueError(f"--report {file} takes all from that file; give it alone")
+    if file.suffix != ".json" or not file.is_file():
+        raise ValueError(f"--report {file} is no JSON file; give one that --out has made")
+    result = dict(read_json(file))
+    if missing := {"command", "settings", "data", "costs", "baselines", "runs", "profile", "failures"} - result.keys():
+        raise ValueError(f"--report {file} lacks {', '.join(sorted(missing))}; give one that --out has made")
+    result["comparisons"] = comparisons(make_series(result["runs"], result["baselines"]))
+    result["report_made_with"] = {key: provenance()[key] for key in ("git_revision", "time_utc")}
+    write_report(result, file.with_suffix(""))
+    print(f"{tables(result)}\nwrote {file.with_suffix('')}.json, .md and .png")
+    return 0
 
 
 def start_worker(task: str, spec_file: Path, result_file: Path, log: Path) -> int:

@@ -1,11 +1,10 @@
-"""The table, the verdicts and the picture of `compare.py`, from the results of its runs alone.
+"""The tables, the verdicts and the picture of `compare.py`, from the results of its runs alone.
 
 Shapes: R runs (seeds), W windows.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compare_setup import METHODS
-from hici.eval.bootstrap import paired_bootstrap
+from hici.eval.bootstrap import paired_difference
+from hici.files import write_json, write_text
 from hici.report.figures import new_figure, save_figure
 
 UNTOUCHED, EXTENDED = "base, untouched", "base, rope extended"
@@ -51,6 +51,9 @@ class Series(NamedTuple):
 def make_series(runs: Sequence[dict[str, Any]], baselines: dict[str, list[dict[str, Any]]]) -> list[Series]:
     """Baselines first, then methods in full attention, then those in their own.
 
+    A window of one segment in a method's own attention is left out: it has nothing to see but itself, so this is full
+    attention by construction, and no result.
+
     Args:
         runs: `method`, `seed` and `evaluations` (`Perplexity.to_dict`) of each.
         baselines: evaluations by name.
@@ -72,6 +75,8 @@ def make_series(runs: Sequence[dict[str, Any]], baselines: dict[str, list[dict[s
                 "needs the same: evaluate both again (delete their evaluated.json in the scratch folder)"
             )
         full_name = name if attention == "full" else f"{name}, in {attention} attention"
+        if attention != "full" and each["segments"] == 1:
+            continue
         place = series.setdefault(full_name, Series(full_name, method, attention, {}))
         place.losses.setdefault(length, {})[seed] = each["losses"]
     order = (None, *METHODS)
@@ -111,14 +116,15 @@ def compare(a: Series, b: Series, length: int) -> dict[str, Any] | None:
         return None
     losses_a_RW = np.array([left[seed] for seed in seeds])
     losses_b_RW = np.array([right[None if None in right else seed] for seed in seeds])
-    found = paired_bootstrap(losses_a_RW, losses_b_RW)
+    found = paired_difference(losses_a_RW, losses_b_RW)
     verdict = NOT_DISTINGUISHABLE
     if found.distinguishable:
         verdict = f"{a.name} lower" if found.mean < 0 else f"{b.name} lower"
     return {
         "a": a.name, "minus": b.name, "length": length, "seeds": seeds, "verdict": verdict,
-        "loss_difference": found.mean, "by_seed": found.by_run, "interval": found.interval,
-        "confidence": found.confidence, "windows": found.windows, "resamples": found.resamples,
+        "loss_difference": found.mean, "by_seed": found.by_run, "interval_windows": found.interval,
+        "interval_windows_and_seeds": found.interval_with_runs, "confidence": found.confidence,
+        "windows": found.windows, "resamples": found.resamples,
     }  # fmt: skip
 
 
@@ -201,7 +207,7 @@ def _perplexity_cell(one: Series, length: int) -> str:
 
 
 def difference_table(found: Sequence[dict[str, Any]]) -> str:
-    """A row a pair, a column a length: the difference in loss, its interval, the verdict."""
+    """A row a pair, a column a length: the difference in loss, its intervals, the verdict."""
     lengths = sorted({each["length"] for each in found})
     pairs = dict.fromkeys((each["a"], each["minus"]) for each in found)
     at = {(each["a"], each["minus"], each["length"]): each for each in found}
@@ -213,34 +219,79 @@ def difference_table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _difference_cell(found: dict[str, Any]) -> str:
-    if found["interval"] is None:
+    windows, both = found["interval_windows"], found["interval_windows_and_seeds"]
+    if windows is None:
         return f"{found['loss_difference']:+.4f} (one window: no interval, {NOT_DISTINGUISHABLE})"
-    low, high = found["interval"]
     verdict = {f"{found['a']} lower": "lower", f"{found['minus']} lower": "higher"}.get(found["verdict"])
-    return f"{found['loss_difference']:+.4f} [{low:+.4f}, {high:+.4f}] {verdict or found['verdict']}"
+    seeds = " (one seed)" if both is None else f", with seeds {_span(both)}"
+    return f"{found['loss_difference']:+.4f} {_span(windows)}{seeds}: {verdict or found['verdict']}"
 
 
-def heading(args: argparse.Namespace, made_with: dict[str, Any], facts: dict[str, Any], *, solo: bool) -> str:
-    """What the tables are of, and how they are read. `facts` of the data; `solo`: steps were timed by themselves."""
+def _span(interval: Sequence[float]) -> str:
+    return f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+
+
+def heading(result: dict[str, Any]) -> str:
+    """What the tables of a result (as in its JSON file) are of, and how they are read."""
+    settings, facts, made_with = result["settings"], result["data"], result["made_with"]
     machine, packages = made_with["machine"], made_with["packages"]
-    lone = " (one seed alone: what another would change is not in the intervals)" if len(args.seeds) == 1 else ""
+    lone = len(settings["seeds"]) == 1
     return (
-        f"# Comparison of training methods, {args.model.name}, {args.base_context:,} to {args.context:,} tokens, "
-        f"{made_with['time_utc'][:10]}\n\n"
+        f"# Comparison of training methods, {settings['model']}, {settings['base_context']:,} to "
+        f"{settings['context']:,} tokens, {made_with['time_utc'][:10]}\n\n"
         f"{machine['device']}, {machine['cpu_threads']} threads, torch {packages['torch']}, transformers "
         f"{packages['transformers']}. Trained on {len(facts['training_books'])} books "
         f"({facts['training_tokens']:,} tokens), tested on {facts['test_book']} ({facts['test_tokens']:,}); seeds "
-        f"{', '.join(map(str, args.seeds))}{lone}; the same tokens in every step of all methods of a seed.\n"
-        "Perplexity: in full attention unless the row says otherwise, non-overlapping windows, at most "
-        f"{args.eval_windows} a length; the mean of the seeds' losses, each seed in brackets. Seconds a step: median, "
-        f"{'in short runs, one at a time' if solo else 'in the trainings'}. GiB: the largest peak of a training's "
-        "process (on a GPU: of its allocator).\n"
-        "Differences: nats a token, first minus second (lower: the first is better), same windows and seeds; 95 % "
-        "interval of a paired bootstrap over windows and seeds, each by itself (of twenty pairs without a difference, "
-        f"about one is beyond it by chance). An interval that holds zero: {NOT_DISTINGUISHABLE}. `{UNTOUCHED}` has its "
-        "own rope: cutting the context by config takes nothing from what it learned at more positions.\n"
-        f"Made by `python benchmarks/compare.py {args.command}` at revision {made_with['git_revision']}.\n\n"
+        f"{', '.join(map(str, settings['seeds']))}"
+        f"{' (one seed alone: what another would change is not in the intervals)' if lone else ''}; the same tokens in "
+        "every step of all methods of a seed.\n"
+        "Perplexity: in full attention unless the row says otherwise (HiCI attention from two segments on: in one it "
+        "is full attention), non-overlapping windows, at most "
+        f"{settings['eval_windows']} a length; the mean of the seeds' losses, each seed in brackets. Seconds a step: "
+        f"median, {'in short runs, one at a time' if result['profile'] else 'in the trainings'}. GiB: the largest peak "
+        "of a training's process (on a GPU: of its allocator).\n"
+        f"{_how_to_read(lone)} `{UNTOUCHED}` has its own rope: cutting the context by config takes nothing from what "
+        "it learned at more positions.\n"
+        f"Made by `python benchmarks/compare.py {result['command']}` at revision {made_with['git_revision']}."
+        + (f"\nThese tables were made anew from the stored losses at revision {again['git_revision']}, "
+           f"{again['time_utc'][:10]}." if (again := result.get("report_made_with")) else "")
+        + "\n\n"
+    )  # fmt: skip
+
+
+def _how_to_read(lone: bool) -> str:
+    """The differences; `lone`: one seed."""
+    text = (
+        "Differences: nats a token, first minus second (lower: the first is better), same windows and seeds. In square "
+        "brackets a 95 % interval over windows, of a paired bootstrap, for these very trainings"
     )
+    if lone:
+        return f"{text}: a verdict is about them, not about the methods. One that holds zero: {NOT_DISTINGUISHABLE}."
+    return (
+        f"{text}; then, `with seeds`, one over windows and seeds: what other windows and other seeds would give "
+        "(Student's t over the seeds' means and over the windows' means, half-lengths added in squares). "
+        f"Where either holds zero: {NOT_DISTINGUISHABLE}. Each by itself: of twenty pairs without a difference, about "
+        "one at most is called different by chance."
+    )
+
+
+# ---- files
+
+
+def tables(result: dict[str, Any]) -> str:
+    """What goes on the screen: perplexities and costs, differences, failures."""
+    series = make_series(result["runs"], result["baselines"])
+    text = f"{perplexity_table(series, result['costs'])}\n\n{difference_table(result['comparisons'])}\n"
+    if result["failures"]:
+        text += "\nFailed, and not in the tables:\n\n" + "".join(f"* {line}\n" for line in result["failures"])
+    return text
+
+
+def write_report(result: dict[str, Any], target: Path) -> None:
+    """`target`.json, .md and .png; what is there is replaced."""
+    write_json(target.with_suffix(".json"), result)
+    write_text(target.with_suffix(".md"), heading(result) + tables(result))
+    plot(make_series(result["runs"], result["baselines"]), result["comparisons"], target.with_suffix(".png"))
 
 
 # ---- the picture
@@ -248,7 +299,7 @@ def heading(args: argparse.Namespace, made_with: dict[str, Any], facts: dict[str
 
 def plot(series: Sequence[Series], found: Sequence[dict[str, Any]], target: Path) -> Path:
     """Left: perplexity by length, the mean of the seeds, and each seed as a small point. Right: what lies between the
-    methods, which the left can hardly show: loss minus that of the first method, with its interval.
+    methods, which the left can hardly show: loss minus that of the first method, with its intervals.
     """
     figure, (left, right) = new_figure(columns=2, width=6.5, height=5.2)
     looks = {one.name: LOOKS[i % len(LOOKS)] for i, one in enumerate(series)}
@@ -292,11 +343,22 @@ def _plot_differences(
         color, marker, _ = looks[name]
         aside = 2 ** (0.08 * (i - (len(names) - 1) / 2))  # or the bars of one length hide each other
         own = [each for each in found if each["a"] == name]
-        spans = [each["interval"] or (each["loss_difference"],) * 2 for each in own]
-        axes.errorbar(
-            [each["length"] * aside for each in own], [each["loss_difference"] for each in own],
-            yerr=[[each["loss_difference"] - span[0] for each, span in zip(own, spans, strict=True)],
-                  [span[1] - each["loss_difference"] for each, span in zip(own, spans, strict=True)]],
-            color=color, marker=marker, linestyle="", capsize=3,
-        )  # fmt: skip
-    axes.set_ylabel(f"loss - loss of {reference}, nats (bars: 95 % interval)")
+        at = [each["length"] * aside for each in own]
+        axes.plot(at, [each["loss_difference"] for each in own], color=color, marker=marker, markersize=4, linestyle="")
+        for x, each in zip(at, own, strict=True):
+            seeds = each["by_seed"]
+            axes.plot([x * 1.02] * len(seeds), seeds, color=color, marker=marker, linestyle="", markersize=2.5)
+        # what is wider lies behind, thin and with caps
+        for key, style in (
+            ("interval_windows_and_seeds", {"capsize": 3, "elinewidth": 1}),
+            ("interval_windows", {"elinewidth": 5, "alpha": 0.5}),
+        ):
+            known = [(x, each) for x, each in zip(at, own, strict=True) if each[key] is not None]
+            middles = [each["loss_difference"] for _, each in known]
+            ends = [[sign * (each[key][side] - each["loss_difference"]) for _, each in known]
+                    for side, sign in ((0, -1), (1, 1))]  # fmt: skip
+            axes.errorbar([x for x, _ in known], middles, yerr=ends, color=color, linestyle="", **style)
+    axes.set_ylabel(
+        f"loss - loss of {reference}, nats; small points: seeds\n"
+        "95 % intervals: windows (thick), windows and seeds (thin)"
+    )

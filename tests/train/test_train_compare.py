@@ -1,4 +1,4 @@
-"""benchmarks/compare.py: its arithmetic and verdicts, and the whole of it on a tiny model and books."""
+"""benchmarks/compare.py: what it makes before the runs, the whole of it on a tiny model and books, and its worker."""
 
 import json
 import math
@@ -11,192 +11,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig
 
 import compare
-import compare_report
 import compare_setup
 import compare_worker
 from hici.data.documents import map_token_file
 from hici.data.packing import load_stream
-from hici.eval.bootstrap import paired_bootstrap
 from hici.files import read_json, write_json
 
 TEXT = "the a cat dog river mountain runs sees under over quickly slowly and then while blue old house"
-
-# ---- series, differences, tables
-
-
-def evaluation(losses, length=64, attention="full", **changes):
-    """What `Perplexity.to_dict` gives of it that matters here."""
-    return {"attention": attention, "stream_sha256": "of the book", "counts": [length - 1] * len(losses),
-            "windows": {"context": length, "starts": [length * i for i in range(len(losses))]},
-            "losses": list(losses), **changes}  # fmt: skip
-
-
-def trained(seen=("a", "b"), **changes):
-    return {"steps": len(seen), "tokens": 128 * len(seen), "step_seconds": [9.0, 1.0, 1.0, 2.0, 2.0, 3.0],
-            "peak_memory_bytes": 2**30, "seen": list(seen), **changes}  # fmt: skip
-
-
-def run(method, seed, losses, **changes):
-    return {"method": method, "seed": seed, "trained": trained(), "evaluations": [evaluation(losses)], **changes}
-
-
-@pytest.fixture
-def noise():
-    return np.random.default_rng(0).normal(0, 0.01, (4, 12))
-
-
-@pytest.fixture
-def runs(noise):
-    """Two seeds each: hici-all equals full up to noise, hici-past is lower by 0.1."""
-    base = np.linspace(2, 4, 12)
-    means = {"full": 0.0, "hici-all": 0.0, "hici-past": -0.1}
-    return [
-        run(method, seed, base + shift + noise[(i + 2 * seed) % 4])
-        for seed in (0, 1)
-        for i, (method, shift) in enumerate(means.items())
-    ]
-
-
-def test_differences_inside_the_interval_are_not_distinguishable_and_others_name_the_lower(runs):
-    series = compare_report.make_series(runs, {})
-    found = {(each["a"], each["minus"]): each for each in compare_report.comparisons(series)}
-    assert set(found) == {("hici-all", "full"), ("hici-past", "full"), ("hici-past", "hici-all")}
-    same, lower = found["hici-all", "full"], found["hici-past", "full"]
-    assert same["verdict"] == "not distinguishable"
-    assert same["interval"][0] < 0 < same["interval"][1]
-    assert lower["verdict"] == "hici-past lower"
-    assert lower["loss_difference"] == pytest.approx(-0.1)  # the noise of one seed is the other's, negative
-    assert lower["seeds"] == [0, 1]
-    assert lower["windows"] == 12
-    assert len(lower["by_seed"]) == 2
-    a = np.array([runs[2]["evaluations"][0]["losses"], runs[5]["evaluations"][0]["losses"]])
-    b = np.array([runs[0]["evaluations"][0]["losses"], runs[3]["evaluations"][0]["losses"]])
-    assert lower["interval"] == paired_bootstrap(a, b).interval
-    text = compare_report.difference_table(list(found.values()))
-    row = next(line for line in text.splitlines() if line.startswith("| hici-past - full |"))
-    assert row.endswith("] lower |")
-    assert f"{lower['loss_difference']:+.4f} [{lower['interval'][0]:+.4f}, {lower['interval'][1]:+.4f}]" in row
-    assert "not distinguishable |" in next(x for x in text.splitlines() if x.startswith("| hici-all - full |"))
-
-
-def test_the_higher_method_is_never_called_lower(runs):
-    swapped = [{**each, "method": {"full": "hici-past", "hici-past": "full"}.get(each["method"], each["method"])}
-               for each in runs]  # fmt: skip
-    found = compare_report.comparisons(compare_report.make_series(swapped, {}))
-    verdicts = {(each["a"], each["minus"]): each["verdict"] for each in found}
-    assert verdicts["hici-past", "full"] == "full lower"
-    text = compare_report.difference_table(found)
-    assert next(x for x in text.splitlines() if x.startswith("| hici-past - full |")).endswith("] higher |")
-
-
-def test_baselines_pair_with_each_seed_and_own_attention_with_full(runs):
-    for each in runs:
-        if each["method"] == "hici-past":
-            losses = np.array(each["evaluations"][0]["losses"]) + 0.5
-            each["evaluations"].append(evaluation(losses, attention="hici"))
-    base = [evaluation(np.linspace(2, 4, 12) + 1)]
-    series = compare_report.make_series(runs, {compare_report.UNTOUCHED: base})
-    assert [one.name for one in series] == [
-        "base, untouched", "full", "hici-all", "hici-past", "hici-past, in hici attention",
-    ]  # fmt: skip
-    found = {(each["a"], each["minus"]): each for each in compare_report.comparisons(series)}
-    assert found["full", "base, untouched"]["seeds"] == [0, 1]
-    assert found["full", "base, untouched"]["verdict"] == "full lower"
-    own = found["hici-past, in hici attention", "hici-past"]
-    assert own["loss_difference"] == pytest.approx(0.5)
-    assert own["verdict"] == "hici-past lower"
-    assert ("hici-past, in hici attention", "base, untouched") not in found  # another attention and other training
-
-
-def test_only_seeds_that_both_have_are_paired(runs):
-    runs = [each for each in runs if (each["method"], each["seed"]) != ("hici-past", 0)]
-    series = compare_report.make_series(runs, {})
-    found = {(each["a"], each["minus"]): each for each in compare_report.comparisons(series)}
-    assert found["hici-past", "full"]["seeds"] == [1]
-    assert found["hici-all", "full"]["seeds"] == [0, 1]
-    runs = [each for each in runs if (each["method"], each["seed"]) != ("full", 1)]
-    pairs = {(each["a"], each["minus"]) for each in compare_report.comparisons(compare_report.make_series(runs, {}))}
-    assert ("hici-past", "full") not in pairs
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"stream_sha256": "of another"}, {"windows": {"context": 64, "starts": [1, 2]}}, {"counts": [62, 63]}],
-    ids=["text", "windows", "counts"],
-)
-def test_other_windows_are_refused(changes):
-    runs = [run("full", 0, [1.0, 2.0]), run("hici-past", 0, [1.0, 2.0], evaluations=[evaluation([1, 2], **changes)])]
-    with pytest.raises(ValueError, match="hici-past was measured on other windows of 64 tokens than full"):
-        compare_report.make_series(runs, {})
-
-
-def test_perplexity_table_takes_means_of_losses_and_shows_every_seed(runs):
-    for i, each in enumerate(runs):
-        each["evaluations"] = [evaluation([2.0 + 0.1 * (i // 3), 4.0 + 0.1 * (i // 3)])]
-    series = compare_report.make_series(runs, {compare_report.EXTENDED: [evaluation([3.0, 3.0])]})
-    text = compare_report.perplexity_table(series, compare_report.costs(runs, {}))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert rows[0] == ["trained in", "steps", "tokens", "s a step", "minutes", "peak GiB", "ppl at 64"]
-    assert rows[2] == ["base, rope extended", "-", "-", "-", "-", "-", f"{math.exp(3):.3f}"]
-    assert rows[3][:1] == ["full"]
-    assert rows[3][-1] == f"{math.exp(3.05):.3f} ({math.exp(3.0):.3f}, {math.exp(3.1):.3f})"
-
-
-def test_costs_leave_the_warm_up_out_and_take_a_solo_profile_where_there_is_one():
-    runs = [run("full", 0, [1.0]), run("hici-past", 0, [1.0]), run("hici-past", 1, [1.0])]
-    runs[2]["trained"] = trained(peak_memory_bytes=3 * 2**30, step_seconds=[9.0, 9.0, 9.0, 4.0, 4.0, 4.0])
-    profile = {"full": {"step_seconds": [9.0, 0.5, 0.7], "warm_up": 1}}
-    cost = compare_report.costs(runs, profile)
-    assert cost["full"]["seconds_per_step"] == pytest.approx(0.6)
-    assert cost["full"]["timed"] == "solo"
-    assert cost["hici-past"]["seconds_per_step"] is None  # its profile failed; a shared device's time is no answer
-    text = compare_report.perplexity_table(compare_report.make_series(runs, {}), cost)
-    assert "| 2 | 256 | - | - | 3.00 |" in text
-    assert "| 2 | 256 | 0.6 | 0.0 | 1.00 |" in text
-    cost = compare_report.costs(runs, {})
-    assert cost["hici-past"]["seconds_per_step"] == pytest.approx(3.5)  # of 2, 2, 3, 4, 4, 4
-    assert cost["hici-past"]["steps_timed"] == 6
-    assert cost["hici-past"]["timed"] == "in the runs"
-    assert cost["hici-past"]["step_minutes"] == pytest.approx(3.5 * 2 / 60)
-    assert cost["hici-past"]["peak_memory_bytes"] == 3 * 2**30
-    assert compare_report.timed([5.0, 4.0]) == [4.0]
-
-
-def test_one_window_is_told_and_distinguishes_nothing():
-    runs = [run("full", 0, [1.0]), run("hici-past", 0, [5.0])]
-    found = compare_report.comparisons(compare_report.make_series(runs, {}))
-    assert found[0]["verdict"] == "not distinguishable"
-    assert "+4.0000 (one window: no interval, not distinguishable)" in compare_report.difference_table(found)
-
-
-def test_same_data_is_checked_by_seed_and_step_and_fewer_steps_are_a_beginning():
-    def seen(method, seed, *tokens):
-        return {"method": method, "seed": seed, "trained": trained(tokens)}
-
-    good = [seen("full", 0, "a", "b"), seen("hici_s2", 0, "a", "b", "c"), seen("hici-all", 1, "x", "b", "c")]
-    assert compare_report.check_same_data(good) == []
-    bad = compare_report.check_same_data([*good, seen("hici-past", 0, "a", "x", "c")])
-    assert bad == ["hici-past seed 0 saw other tokens than hici_s2 from step 2 on"]
-
-
-def test_the_picture_is_written(runs, tmp_path):
-    base = {compare_report.UNTOUCHED: [evaluation([9.0, 9.0]), evaluation([10.0], 128)]}
-    for each in runs:
-        each["evaluations"] = [evaluation([3.0, 3.1]), evaluation([3.2], 128)]
-    series = compare_report.make_series(runs, base)
-    target = compare_report.plot(series, compare_report.comparisons(series), tmp_path / "x.png")
-    assert target.read_bytes().startswith(b"\x89PNG")
-    colors = [look[0] for look in compare_report.LOOKS]
-    markers = [look[1] for look in compare_report.LOOKS]
-    assert len(set(colors)) == len(set(markers)) == len(colors) >= 8  # two bases, five methods, one in two attentions
-
 
 # ---- what is made before the runs
 
@@ -345,13 +172,19 @@ def result_of(tmp_path):
 
 def test_a_comparison_end_to_end_and_finished_runs_are_not_repeated(command, worked, tmp_path, capsys):
     done, _ = worked
+    methods = ["full", "hici_s2", "hici-past"]
+    command = [*command, "--methods", *methods]
     assert compare.main(command) == 0
     result, text = result_of(tmp_path)
     assert [(run["method"], run["seed"]) for run in result["runs"]] == [
-        ("hici-all", 0), ("hici-past", 0), ("hici-all", 1), ("hici-past", 1),
-    ]  # fmt: skip
-    first, past, other_seed, _ = result["runs"]
-    assert first["trained"]["seen"] == past["trained"]["seen"]  # equal data at each step
+        (method, seed) for seed in (0, 1) for method in methods
+    ]
+    first, shifted, past, other_seed, *_ = result["runs"]
+    assert first["trained"]["seen"] == shifted["trained"]["seen"] == past["trained"]["seen"]  # at each step
+    assert first["trained"]["losses"] != shifted["trained"]["losses"]  # and yet another attention
+    trainable = {run["method"]: run["trained"]["trainable_parameters"] for run in result["runs"]}
+    assert trainable["full"] == trainable["hici_s2"]
+    assert trainable["full"]["hici"] == 0 < trainable["hici-past"]["hici"]
     assert len(set(first["trained"]["seen"])) == 4
     assert first["trained"]["seen"] != other_seed["trained"]["seen"]
     assert first["trained"]["tokens"] == 4 * 2 * 64
@@ -363,17 +196,25 @@ def test_a_comparison_end_to_end_and_finished_runs_are_not_repeated(command, wor
     assert set(result["baselines"]) == {"base, untouched", "base, rope extended"}
     untouched, extended = (result["baselines"][name][2]["mean_loss"] for name in result["baselines"])
     assert untouched != extended  # at 64 tokens, the base cut to 16
-    assert {"hici-past - hici-all", "hici-past, in hici attention - hici-past", "hici-all - base, untouched"} <= {
-        f"{each['a']} - {each['minus']}" for each in result["comparisons"]
-    }
+    assert {
+        "hici-past - full",
+        "hici-past - hici_s2",
+        "hici_s2 - full",
+        "hici-past, in hici attention - hici-past",
+        "hici_s2 - base, untouched",
+    } <= {f"{each['a']} - {each['minus']}" for each in result["comparisons"]}
     assert "git_revision" in result["made_with"]
     assert str(tmp_path) not in json.dumps({key: result[key] for key in ("recipe", "settings", "runs", "baselines")})
-    assert "| hici-past, in hici attention |" in text
+    assert [
+        line.split(" | ")[6] for line in text.splitlines() if line.startswith("| hici-past, in hici attention |")
+    ] == ["-"]  # 16 tokens are one segment
+    assert "then, `with seeds`, one over windows and seeds" in text
+    assert f"compare.py {' '.join(command)}` at revision" in text
     assert "seeds 0, 1; the same tokens in every step" in text
     assert list((tmp_path / "out").glob("*.png"))
 
     trainings = [entry for entry in done if entry[0] == "train"]
-    assert len(trainings) == 4
+    assert len(trainings) == 6
     done.clear()
     capsys.readouterr()
     with pytest.raises(SystemExit):
@@ -386,12 +227,12 @@ def test_a_comparison_end_to_end_and_finished_runs_are_not_repeated(command, wor
     assert compare.main([*command, "--resume", "--overwrite"]) == 0
     assert done == [("train", "hici-past-seed1"), ("evaluate", "hici-past-seed1")]
     assert result_of(tmp_path)[0]["comparisons"] == result["comparisons"]
-    other = tmp_path / "scratch" / "runs" / "hici-all-seed0" / "trained.json"
+    other = tmp_path / "scratch" / "runs" / "hici_s2-seed0" / "trained.json"
     found = read_json(other)
     write_json(other, {**found, "seen": [*found["seen"][:2], "x", "y"]})
     with pytest.raises(SystemExit):
         compare.main([*command, "--resume", "--overwrite"])
-    assert "no comparison at equal data: hici-past seed 0 saw other tokens than hici-all from step 3" in (
+    assert "no comparison at equal data: hici_s2 seed 0 saw other tokens than full from step 3" in (
         capsys.readouterr().err
     )
     with pytest.raises(SystemExit):
@@ -409,6 +250,8 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(command, worked, tmp_
     assert "ValueError: no luck today (exit code 1) in runs/hici-all-seed0/trained.log" in result["failures"][0]
     assert "hici-all-seed0: train failed" in text
     assert "seeds 0 (one seed alone: what another would change is not in the intervals)" in text
+    assert "a verdict is about them, not about the methods" in text
+    assert "with seeds" not in text
     assert {name: len(one["step_seconds"]) for name, one in result["profile"].items()} == {
         "hici-all": 2, "hici-past": 2,
     }  # fmt: skip
