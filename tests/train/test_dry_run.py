@@ -186,7 +186,7 @@ def test_results_that_are_there_already(values, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.json").write_text("precious")
     problem(dry_run(recipe_from_dict(values)), "train.json exists, and nothing is overwritten silently")
-    assert dry_run(recipe_from_dict(values), resume=True)["problems"] == []
+    problem(dry_run(recipe_from_dict(values), resume=True), "train.json of an earlier run and no checkpoint")
     (tmp_path / "run" / "adapter").mkdir()
     (tmp_path / "run" / "adapter" / "hici_config.json").write_text("{}")
     problem(dry_run(recipe_from_dict({**values, "overwrite": True})), "adapter and the other results there will be")
@@ -207,11 +207,14 @@ def test_packages_that_are_not_installed(values, changes, package, message, monk
     problem(dry_run(recipe_from_dict({**values, **changes})), message)
 
 
-def test_what_the_estimate_does_not_know_is_said(values, capsys):
-    plan = dry_run(recipe_from_dict({**values, "mlp_tile": 16, "offload_checkpoints": True, "optimizer": "adamw_8bit"}))
-    assert plan["memory_leaves_out"] == ["offload_checkpoints", "mlp_tile", "optimizer"]
-    print_plan(plan)
-    assert "not in the estimate: offload_checkpoints, mlp_tile, optimizer" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "changes", [{"mlp_tile": 256}, {"offload_checkpoints": True}, {"optimizer": "adamw_8bit"}, {"quantization": "4bit"},
+                {"method": "full"}], ids=str)  # fmt: skip
+def test_the_estimate_knows_the_keys_that_save_memory(offline, changes):
+    def needed(**more):
+        return sum(dry_run(recipe_from_dict({**LLAMA, "context_length": 65536, **more}))["memory"].values())
+
+    assert needed(**changes) < needed() - 2**28
 
 
 def test_a_model_that_is_not_there(values, tmp_path):

@@ -145,7 +145,7 @@ def test_a_file_that_is_missing_or_cut_off_is_passed_over(store, file, damage):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else -3])
-    assert file in problem_of(store.path(4))
+    assert file in problem_of(store.path(4)).text
     assert store.last() == store.path(2)
 
 
@@ -153,15 +153,16 @@ def test_a_file_that_is_missing_or_cut_off_is_passed_over(store, file, damage):
 def test_a_marker_that_is_something_else(store, content):
     store.write(2, filler(2))
     (store.path(2) / COMPLETE).write_text(content)
-    assert COMPLETE in problem_of(store.path(2))
-    assert store.last() is None
+    assert COMPLETE in problem_of(store.path(2)).text
+    with pytest.raises(ValueError, match=r"none of .* is whole .step-00000002: complete\.json.*restore one"):
+        store.last()
 
 
 def test_another_format_version_is_passed_over(store, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
     store.write(2, filler(2))
     monkeypatch.undo()
-    assert problem_of(store.path(2)) == "format_version 2; this hici reads 1"
+    assert problem_of(store.path(2)) == ("format_version 2; this hici reads 1", False)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -239,7 +240,7 @@ def test_the_marker_goes_first_when_one_is_removed(tmp_path, monkeypatch):
     store.write(4, filler(4))
     assert ("step-00000002", False) in seen
     monkeypatch.undo()
-    assert COMPLETE in problem_of(store.path(2))
+    assert COMPLETE in problem_of(store.path(2)).text
     assert store.last() == store.path(4)
     store.write(6, filler(6))  # and the rest of it goes with the next one
     assert names(store) == ["step-00000006"]
@@ -253,7 +254,7 @@ def test_what_killed_writers_left_is_no_checkpoint_and_is_cleaned(store):
     assert store.last() == store.path(2)
     store.clean()
     assert names(store) == ["step-00000002"]
-    store.remove()
+    checkpoint.remove_checkpoints(store.directory)
     assert not store.directory.exists()
     store.clean()  # nothing there: no error
 
@@ -299,3 +300,45 @@ def test_more_steps_only_at_constant_rates():
     linear = identity(schedule="linear")
     assert linear.differences(identity(schedule="linear", max_steps=20)) == ["max_steps: 10 -> 20"]
     assert SAME.differences(identity(max_steps=5)) == ["max_steps: 10 -> 5"]
+
+
+@pytest.mark.parametrize("rows", [{"packing": "document"}, {"data_format": "instruction"}], ids=str)
+def test_rows_that_are_padded_together_and_cut_by_number_stay_together(rows):
+    """What a padded row gives depends on the longest row beside it, unless segments have a fixed size."""
+    by_number, by_size = {**rows, "hici": {}}, {**rows, "hici": {"segment_size": 16}}
+    assert identity(**by_number).differences(identity(**by_number, batch_size=4)) != []
+    assert identity(**by_size).differences(identity(**by_size, batch_size=4)) == []
+    full = {**by_number, "method": "full"}
+    assert identity(**full).differences(identity(**full, batch_size=4)) == []
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch, caplog):
+    """A disk that does not answer, or a format of a later version: nobody knows that it is worthless."""
+    store = CheckpointStore(tmp_path, SAME, keep=1)
+    for step in (2, 4, 6):
+        CheckpointStore(tmp_path, SAME, keep=9).write(step, filler(step))
+    real = checkpoint.sha256
+
+    def no_answer(path):
+        if path.parent.name == "step-00000006":
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", no_answer)
+    assert store.last() == store.path(4)
+    assert "step-00000006 is not whole" in caplog.text
+    monkeypatch.setattr(checkpoint, "sha256", real)
+    store.keep = 9
+    store.write(8, filler(8))
+    assert store.path(6).is_dir()
+
+
+def test_foreign_files_beside_checkpoints_stay(tmp_path):
+    store = CheckpointStore(tmp_path, SAME, keep=2)
+    store.write(2, filler(2))
+    (store.directory / "mine.pt").write_text("precious")
+    checkpoint.remove_checkpoints(store.directory)
+    assert [path.name for path in store.directory.iterdir()] == ["mine.pt"]
+    (store.directory / "mine.pt").unlink()
+    checkpoint.remove_checkpoints(store.directory)
+    assert not store.directory.exists()

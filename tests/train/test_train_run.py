@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from hici.adapters.lora import trainable_parameters
 from hici.cli.main import main
 from hici.models.attach import attach
 from hici.models.lookup import attention_modules
+from hici.report.runs import read_run
+from hici.train.checkpoint import CheckpointStore
 from hici.train.recipe import recipe_from_dict
 from hici.train.rows import prepare_data
 from hici.train.run import make_trainer, train
@@ -298,3 +302,113 @@ def test_every_method_begins_with_the_same_lora(parts):
     for method in ("hici", "hici_s2"):
         assert found[method].keys() == found["full"].keys()
         assert all(torch.equal(value, found["full"][name]) for name, value in found[method].items())
+
+
+@pytest.fixture
+def refused(values):
+    """train() must refuse these changes, with the message."""
+
+    def check(message, resume=False, **changes):
+        with pytest.raises(ValueError, match=message):
+            train(recipe_from_dict({**values, **changes}), resume=resume, progress=False)
+
+    return check
+
+
+def test_nothing_of_an_earlier_run_is_lost_unasked(refused, values, tmp_path):
+    board = tmp_path / "run" / "tensorboard" / "events.out.tfevents.1"
+    board.parent.mkdir(parents=True)
+    board.write_text("precious")
+    refused("tensorboard holds TensorBoard's files of an earlier run")
+    board.rename(board.with_name("notes.txt"))
+    (tmp_path / "run" / "train.json").write_text("precious")
+    refused("holds the train.json of an earlier run and no checkpoint, so there is nothing to go on from", resume=True)
+    refused("train.json exists, and nothing is overwritten silently")
+    result = train(recipe_from_dict({**values, "overwrite": True, "max_steps": 1}), progress=False)
+    assert result["seconds"] > 0
+    assert (board.with_name("notes.txt")).read_text() == "precious"
+
+
+def test_what_is_read_is_not_replaced(refused, text, base, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(text, run / "checkpoints" / "text")
+    shutil.copytree(base, run / "adapter" / "base")
+    refused("checkpoints is or holds .*text, which is read", data=[str(run / "checkpoints" / "text")], overwrite=True)
+    refused("adapter is or holds .*base, which is read", model=str(run / "adapter" / "base"), overwrite=True)
+    assert (run / "adapter" / "base" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision 'bf16', but precision is the recipe's key dtype"),
+        ("FSDP_VERSION", "1", "says version 1, but only FSDP2 trains"),
+        ("FSDP_VERSION", None, "says version 1, but only FSDP2 trains"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "True", "says cpu_ram_efficient_loading true, but every process makes"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config .* hici divides a step by sequences only"),
+    ],
+)
+def test_launch_settings_that_do_not_go(refused, monkeypatch, setting, value, message):
+    if setting.startswith("FSDP"):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.delenv(setting, raising=False) if value is None else monkeypatch.setenv(setting, value)
+    refused(message)
+
+
+@pytest.mark.parametrize("engine, name", [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+@pytest.mark.parametrize("changes", [{"quantization": "4bit"}, {"optimizer": "adamw_8bit"}], ids=str)
+def test_bitsandbytes_is_refused_where_parameters_are_divided(refused, monkeypatch, engine, name, changes):
+    monkeypatch.setenv(engine, "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    refused(f"with {name}, which divides tensors that bitsandbytes keeps in blocks", **changes)
+
+
+def test_offloaded_checkpoints_on_a_cpu_are_refused_before_any_work(refused):
+    refused("offload_checkpoints=true on the CPU.*take it out", offload_checkpoints=True, model="not/there")
+
+
+def test_rates_that_are_never_reached_are_said(values, caplog):
+    train(recipe_from_dict({**values, "max_steps": 2, "heldout_windows": 0}), progress=False)
+    assert "warmup_steps=2 is not below max_steps=2" in caplog.text
+
+
+def test_writing_a_checkpoint_is_no_part_of_a_step(values, monkeypatch):
+    """By a clock on which writing takes 1,000 seconds."""
+    write, clock, late = CheckpointStore.write, time.perf_counter, [0.0]
+
+    def slow(self, step, fill):
+        late[0] += 1000
+        return write(self, step, fill)
+
+    monkeypatch.setattr(CheckpointStore, "write", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+    result = train(recipe_from_dict({**values, "max_steps": 6, "save_steps": 2, "heldout_windows": 0}), progress=False)
+    assert late == [3000]
+    assert result["seconds"] < 900
+
+
+def test_sections_that_mean_the_same_may_be_spelt_otherwise(values, tmp_path):
+    short = {**values, "max_steps": 4, "save_steps": 2, "heldout_windows": 0}
+    whole = train(recipe_from_dict(short), progress=False)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    again = {**short, "hici": {**values["hici"], "decode": "auto", "use_local": True}}
+    assert (
+        train(recipe_from_dict(again), resume=True, progress=False)["steps"][-1]["loss"] == whole["steps"][-1]["loss"]
+    )
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    other = {**short, "hici": {**values["hici"], "segment_size": 32}}
+    with pytest.raises(ValueError, match="written by another run; now different: hici"):
+        train(recipe_from_dict(other), resume=True, progress=False)
+
+
+def test_a_report_after_a_longer_resume(values, tmp_path):
+    short = {**values, "max_steps": 4, "save_steps": 2, "heldout_windows": 0}
+    train(recipe_from_dict(short), progress=False)
+    assert (read_run(tmp_path / "run").total_steps, read_run(tmp_path / "run").ended) == (4, True)
+    train(recipe_from_dict({**short, "max_steps": 6}), resume=True, progress=False)
+    run = read_run(tmp_path / "run")
+    assert (run.total_steps, run.ended, run.method, run.resumes) == (6, True, "hici", (4,))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:-2]) + "\n")
+    assert not read_run(tmp_path / "run").ended  # the end of before the resume does not count

@@ -1,17 +1,17 @@
 """metrics.jsonl, the screen and TensorBoard."""
 
+import importlib.util
 import io
 import json
 import logging
 import math
-import sys
 
 import pytest
 
 from hici.report.metrics import events_of, read_metrics, steps_of
 from hici.train.console import ConsoleTable
 from hici.train.recipe import recipe_from_dict
-from hici.train.tracking import MetricsLog, TensorBoardLog, Trackers, make_trackers, start_event
+from hici.train.tracking import MetricsLog, TensorBoardLog, Trackers, check_tracking, make_trackers, start_event
 
 RECIPE = {"model": "m", "data": ["d"], "output_dir": "o", "context_length": 8, "max_steps": 6}
 
@@ -248,11 +248,11 @@ def test_tensorboard_has_the_same_numbers_and_hides_what_was_done_again(tmp_path
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    recipe = recipe_from_dict({**RECIPE, "tensorboard": True})
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+    check_tracking(recipe_from_dict(RECIPE))
     with pytest.raises(ValueError, match=r"tensorboard=true needs the package tensorboard.*hici\[tracking\]"):
-        make_trackers(recipe, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        check_tracking(recipe_from_dict({**RECIPE, "tensorboard": True}))
 
 
 @pytest.mark.parametrize("board", [False, True])

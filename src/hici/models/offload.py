@@ -94,7 +94,9 @@ class StreamTransfers:
 
     def _copy(self, target: Tensor, source: Tensor, device: torch.device) -> Any:
         """After all that is queued now: it made the source, or last used the target's memory."""
-        stream = self.streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)
+        stream = self.streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)

@@ -53,8 +53,7 @@ def _print_parameters(plan: dict[str, Any]) -> None:
 
 
 def _print_memory(plan: dict[str, Any]) -> None:
-    memory, left_out = plan["memory"], plan["memory_leaves_out"]
+    memory = plan["memory"]
     rows = [[part, size(count)] for part, count in memory.items()]
     rows.append(["in all", size(sum(memory.values()))])
-    notes = [f"not in the estimate: {', '.join(left_out)}"] if left_out else []
-    print_table("Memory of a device, estimated", ["part", "memory"], rows, notes)
+    print_table("Memory of a device, estimated", ["part", "memory"], rows)

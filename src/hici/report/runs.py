@@ -88,7 +88,9 @@ def distinct_labels(directories: Sequence[str | Path]) -> list[str]:
 
 
 def _from_metrics(entries: list[dict[str, Any]], label: str) -> RunLog:
-    start = next(iter(events_of(entries, "start")), {})
+    starts = events_of(entries, "start", "resume")  # a resume tells the same facts again: its steps may be more
+    start = starts[-1] if starts else {}
+    told = [entry["event"] for entry in events_of(entries, "resume", "end")]
     heldout: dict[str, dict[int, float]] = {}
     for event in events_of(entries, "heldout"):
         for attention, loss in event.get("losses", {}).items():
@@ -104,7 +106,7 @@ def _from_metrics(entries: list[dict[str, Any]], label: str) -> RunLog:
         clips={name: clip for name, clip in start.get("clips", {}).items() if _is_finite(clip)},
         resumes=tuple(event["step"] for event in events_of(entries, "resume")),
         total_steps=start.get("total_steps"),
-        ended=bool(events_of(entries, "end")),
+        ended=told[-1:] == ["end"],
     )
 
 

@@ -215,8 +215,17 @@ def _rope(model_config: Any, context: int) -> str:
 
 
 def training_estimate(
-    model_config: Any, config: HiCIConfig, *, held: int, trained: int, context: int, dtype: str, batch: int
+    model_config: Any,
+    config: HiCIConfig,
+    training: Training,
+    *,
+    model: Any,
+    held: int,
+    trained: int,
+    context: int,
+    dtype: str,
+    batch: int,
 ) -> dict[str, int]:
-    """Bytes by part of a training step whose parameters were counted: `held` in memory, `trained` of them trained."""
-    shape = _shape(model_config, config, held, held=held, trained=trained)
-    return training_memory(shape, context, batch=batch, number_bytes=BYTES[dtype])
+    """Bytes by part of a step of a prepared `model` with `held` parameters in memory, `trained` of them trained."""
+    shape = _shape(model_config, config, held, held=held, trained=trained, linear=_linear(model))
+    return training_memory(shape, context, batch=batch, number_bytes=BYTES[dtype], training=training)

@@ -22,11 +22,12 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
 from hici.files import atomic_directory, read_json, write_json
+from hici.models.lookup import FULL
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class Identity:
         """What `other` has otherwise, each as "key: this -> other"."""
         found = []
         same = {key for name, keys in _STOOD_FOR.items() if getattr(self, name) == getattr(other, name) for key in keys}
-        for key in sorted({*self.recipe, *other.recipe} - {*_FREE, *_DEALT, *same}):
+        dealt = () if self._rows_meet(other) else _DEALT
+        for key in sorted({*self.recipe, *other.recipe} - {*_FREE, *dealt, *same}):
             mine, theirs = self.recipe.get(key), other.recipe.get(key)
             if mine != theirs and not (key == "max_steps" and self._may_go_on(other)):
                 found.append(f"{key}: {mine!r} -> {theirs!r}")
@@ -79,6 +81,16 @@ class Identity:
                 short = [str(value).removeprefix("sha256:")[:12] for value in (mine, theirs)]
                 found.append(f"{_MEANING[name]}: {short[0]} -> {short[1]}")
         return found
+
+    def _rows_meet(self, other: Identity) -> bool:
+        """Whether rows of several lengths are padded together and cut by their number of segments.
+
+        Then what a row gives depends on the rows beside it, and so on how they are dealt out.
+        """
+        recipe = self.recipe
+        padded = recipe.get("packing", "packed") != "packed" or recipe.get("data_format", "text") != "text"
+        by_number = recipe.get("method") != FULL and recipe.get("hici", {}).get("segment_size") is None
+        return padded and by_number and recipe.get("batch_size") != other.recipe.get("batch_size")
 
     def _may_go_on(self, other: Identity) -> bool:
         """More steps at constant rates continue the same curve; any other schedule depends on their number."""
@@ -129,35 +141,39 @@ class CheckpointStore:
         problem = problem_of(target)
         if problem:
             raise ValueError(
-                f"{target} was written but does not read back ({problem}); check the disk. Older checkpoints were kept"
+                f"{target} was written but does not read back ({problem.text}); check the disk. Older checkpoints "
+                "were kept"
             )
         self._prune(step)
         return target
 
     def last(self) -> Path | None:
-        """The newest whole checkpoint of this run, or None; damaged ones are logged and passed over.
+        """The newest whole checkpoint of this run, or None where there is none; damaged ones are passed over.
 
         Raises:
-            ValueError: it belongs to another run; the message says what differs.
+            ValueError: it belongs to another run (the message says what differs); there are some, but none is whole.
         """
-        for path in sorted(self.directory.glob("step-*"), reverse=True):
+        problems = []
+        for path in reversed(checkpoints_of(self.directory)):
             problem = problem_of(path)
-            if problem:
-                logger.warning("%s is not whole (%s); an older checkpoint is looked for", path, problem)
+            if problem is None:
+                self._check_identity(path)
+                return path
+            logger.warning("%s is not whole (%s); an older checkpoint is looked for", path, problem.text)
+            problems.append(f"{path.name}: {problem.text}")
+            if problem.damaged:
                 self._damaged.add(path)
-                continue
-            self._check_identity(path)
-            return path
+        if problems:
+            raise ValueError(
+                f"none of the checkpoints in {self.directory} is whole ({'; '.join(problems)}); restore one, or start "
+                "anew in another output_dir or with --overwrite true, which removes them"
+            )
         return None
 
     def clean(self) -> None:
         """Remove what killed writers left under temporary names."""
         for path in self.directory.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
-
-    def remove(self) -> None:
-        """Remove all checkpoints."""
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _check_identity(self, path: Path) -> None:
         saved = Identity(**read_json(path / COMPLETE)["identity"])
@@ -172,10 +188,23 @@ class CheckpointStore:
         for path in self._damaged - {self.path(newest)}:
             _remove(path)
         self._damaged.clear()
-        standing = sorted(self.directory.glob("step-*"))
+        standing = checkpoints_of(self.directory)
         for path in standing[: max(0, len(standing) - self.keep)]:
             if path != self.path(newest):
                 _remove(path)
+
+
+def checkpoints_of(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, whole or not, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Remove all checkpoints of a directory, and nothing else in it."""
+    for path in (*checkpoints_of(directory), *directory.glob(".step-*")):
+        _remove(path)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def _remove(path: Path) -> None:
@@ -188,24 +217,32 @@ def step_of(checkpoint: Path) -> int:
     return int(read_json(checkpoint / COMPLETE)["step"])
 
 
-def problem_of(path: Path) -> str | None:
-    """Why a checkpoint is not whole: every file is read and compared with its SHA-256. None: it is."""
+class Problem(NamedTuple):
+    """Why a checkpoint cannot be resumed. `damaged`: its files are not what was written, so it never can be."""
+
+    text: str
+    damaged: bool
+
+
+def problem_of(path: Path) -> Problem | None:
+    """What is wrong with a checkpoint: every file is read and compared with its SHA-256. None: it is whole."""
     try:
         complete = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
         digest, version = complete.pop("sha256"), complete["format_version"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{COMPLETE}: {type(error).__name__}: {error}"
+        damaged = not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
+        return Problem(f"{COMPLETE}: {type(error).__name__}: {error}", damaged)
     if digest != _sha256_of_facts(complete):
-        return f"{COMPLETE} holds other values than were written"
+        return Problem(f"{COMPLETE} holds other values than were written", True)
     if version != FORMAT_VERSION:
-        return f"format_version {version}; this hici reads {FORMAT_VERSION}"
+        return Problem(f"format_version {version}; this hici reads {FORMAT_VERSION}", False)
     for name, digest in complete["files"].items():
         try:
             found = sha256(path / name)
-        except OSError as error:
-            return f"{name}: {error}"
+        except OSError as error:  # a disk that does not answer now may do so later
+            return Problem(f"{name}: {error}", isinstance(error, FileNotFoundError))
         if found != digest:
-            return f"{name} has another SHA-256 than when it was written"
+            return Problem(f"{name} has another SHA-256 than when it was written", True)
     return None
 
 

@@ -6,7 +6,6 @@ import glob
 import importlib.util
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,22 @@ from hici.models.architectures.base import is_hici_name
 from hici.models.load import load_config, meta_model
 from hici.models.lookup import FULL, HICI
 from hici.presets import load_preset, preset_names
-from hici.report.memory import BYTES
+from hici.report.memory import BYTES, Training
 from hici.report.summary import segment_plan, training_estimate
 from hici.rope import check_context, config_rope_parameters, extended_rope, far_rope
-from hici.train.output import ADAPTER, check_output, check_space, space_needed
-from hici.train.processes import world_size
+from hici.train.output import ADAPTER, TRAINED_BYTES, check_output, check_space, free_space, space_needed
+from hici.train.processes import wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import Recipe
-from hici.train.setup import attached_config, check_device, describe_method, prepare_model, uses_cpu
-
-_TRAINED_BYTES = 4  # float32
+from hici.train.setup import (
+    attached_config,
+    check_device,
+    check_engine,
+    check_launcher,
+    describe_method,
+    prepare_model,
+    uses_cpu,
+)
+from hici.train.tracking import check_tracking
 
 
 def dry_run(recipe: Recipe, *, data_summary: dict[str, Any] | None = None, resume: bool = False) -> dict[str, Any]:
@@ -52,6 +58,8 @@ def dry_run(recipe: Recipe, *, data_summary: dict[str, Any] | None = None, resum
     memory = training_estimate(
         model_config,
         attached_config(recipe),
+        how_trained(recipe),
+        model=wrapped,
         held=trained + frozen,
         trained=trained,
         context=recipe.context_length,
@@ -68,14 +76,13 @@ def dry_run(recipe: Recipe, *, data_summary: dict[str, Any] | None = None, resum
         "segments": _segments(recipe),
         "trained_parameters": parts,
         "frozen_parameters": frozen,
-        "bytes_of_weights": {"trained": _TRAINED_BYTES * trained, "frozen": BYTES[recipe.dtype] * frozen},
+        "bytes_of_weights": {"trained": TRAINED_BYTES * trained, "frozen": BYTES[recipe.dtype] * frozen},
         "rates": _rates(recipe),
         "schedule": f"{recipe.schedule} after {recipe.warmup_steps} warm-up steps",
         "work": _work(recipe, data_summary),
         "data": {"sources": recipe.data, "summary": data_summary},
         "memory": memory,
-        "memory_leaves_out": _left_out(recipe),
-        "disk": {"needed": space_needed(recipe, trained), "free": _free(output), "at": str(output)},
+        "disk": {"needed": space_needed(recipe, trained), "free": free_space(output), "at": str(output)},
         "devices": _devices(recipe),
     }
     problems += _problems(recipe, output, wrapped, resume=resume)
@@ -179,22 +186,17 @@ def _work(recipe: Recipe, data_summary: dict[str, Any] | None) -> dict[str, Any]
     }
 
 
-def _left_out(recipe: Recipe) -> list[str]:
-    """Keys of the recipe that change memory and that the estimate does not know."""
-    changes = {
-        "gradient_checkpointing: false": not recipe.gradient_checkpointing,
-        "offload_checkpoints": recipe.offload_checkpoints,
-        "mlp_tile": recipe.mlp_tile is not None,
-        "quantization": recipe.quantization != "none",
-        "optimizer": recipe.optimizer != "adamw",
-    }
-    return [key for key, given in changes.items() if given]
-
-
-def _free(output: Path) -> int:
-    """Free bytes where `output` is or will be."""
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+def how_trained(recipe: Recipe) -> Training:
+    """The recipe's keys that change the memory."""
+    return Training(
+        method=recipe.method,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        offload_checkpoints=recipe.offload_checkpoints,
+        mlp_tile=recipe.mlp_tile,
+        optimizer=recipe.optimizer,
+        quantization=recipe.quantization,
+        processes=world_size() if wants_fsdp() or wants_deepspeed() else 1,
+    )
 
 
 def _devices(recipe: Recipe) -> list[dict[str, Any]]:
@@ -212,6 +214,9 @@ def _problems(recipe: Recipe, output: Path, wrapped: Any, *, resume: bool) -> li
     found = []
     for check in (
         lambda: check_device(recipe),
+        check_launcher,
+        lambda: check_engine(recipe),
+        lambda: check_tracking(recipe),
         lambda: check_output(output, recipe, resume=resume),
         lambda: check_space(recipe, output, wrapped),
     ):
@@ -228,8 +233,6 @@ def _problems(recipe: Recipe, output: Path, wrapped: Any, *, resume: bool) -> li
             f"warmup_steps={recipe.warmup_steps} is not below max_steps={recipe.max_steps}, so the learning rates are "
             "never reached; lower it"
         )
-    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        found.append("tensorboard=true, but the package is not installed; pip install 'hici[tracking]'")
     needs_bitsandbytes = recipe.quantization != "none" or recipe.optimizer != "adamw"
     if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
         found.append(

@@ -8,13 +8,14 @@ from typing import Any
 
 from hici.adapters.file_names import RECORD_FILE
 from hici.adapters.lora import trainable_parameters
-from hici.files import check_target
+from hici.files import check_target, refuse_sources
+from hici.train.checkpoint import checkpoints_of, remove_checkpoints
 from hici.train.recipe import Recipe
 from hici.train.setup import describe_method
 
 RESULTS = ("train.json", "train.png", "metrics.jsonl")
 CHECKPOINTS, ADAPTER, TENSORBOARD = "checkpoints", "adapter", "tensorboard"
-_TRAINED_BYTES = 4  # trained parameters are float32
+TRAINED_BYTES = 4  # trained parameters are float32
 _MOMENTS = 2
 
 
@@ -24,6 +25,8 @@ def check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:
     Raises:
         ValueError: results of an earlier run without `resume` or `overwrite`; a place that cannot be written.
     """
+    for name in (ADAPTER, CHECKPOINTS, TENSORBOARD):  # are replaced, or removed
+        refuse_sources(output / name, recipe.model, *recipe.data, *(recipe.heldout_data or []))
     may_replace = resume or recipe.overwrite
     check_target(output / ADAPTER, overwrite=may_replace, marker=RECORD_FILE)
     for file in (output / name for name in RESULTS):
@@ -34,20 +37,32 @@ def check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:
                 f"{file} exists, and nothing is overwritten silently; go on with --resume, or give another output_dir "
                 "or --overwrite true"
             )
-    checkpoints = output / CHECKPOINTS
-    if checkpoints.is_dir() and any(checkpoints.iterdir()) and not may_replace:
+    for what, found in (
+        ("checkpoints", checkpoints_of(output / CHECKPOINTS)),
+        ("TensorBoard's files", _boards(output)),
+    ):
+        if found and not may_replace:
+            raise ValueError(
+                f"{found[0].parent} holds {what} of an earlier run; go on from its last checkpoint with --resume, or "
+                "give another output_dir or --overwrite true, which removes them"
+            )
+    ended = next((name for name in (ADAPTER, "train.json") if (output / name).exists()), None)
+    if resume and ended and not recipe.overwrite and not checkpoints_of(output / CHECKPOINTS):
         raise ValueError(
-            f"{checkpoints} holds checkpoints of an earlier run; go on from the last one with --resume, or give "
-            "another output_dir or --overwrite true, which removes them"
+            f"{output} holds the {ended} of an earlier run and no checkpoint, so there is nothing to go on from; give "
+            "another output_dir, or --overwrite true to start anew there"
         )
 
 
 def remove_old_results(output: Path) -> None:
     """Remove an earlier run's checkpoints and logs (its adapter is replaced when the new one is whole)."""
-    for name in (CHECKPOINTS, TENSORBOARD):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in RESULTS:
-        (output / name).unlink(missing_ok=True)
+    remove_checkpoints(output / CHECKPOINTS)
+    for path in (*_boards(output), *(output / name for name in RESULTS)):
+        path.unlink(missing_ok=True)
+
+
+def _boards(output: Path) -> list[Path]:
+    return sorted((output / TENSORBOARD).glob("events.out.tfevents.*"))
 
 
 def remove_leftovers(output: Path) -> None:
@@ -62,20 +77,25 @@ def remove_leftovers(output: Path) -> None:
 
 def space_needed(recipe: Recipe, trained: int) -> int:
     """Bytes of a run's files on disk: an adapter and the checkpoints that stand at one time."""
-    adapter = _TRAINED_BYTES * trained
+    adapter = TRAINED_BYTES * trained
     checkpoint = adapter * (1 + _MOMENTS)
     standing = recipe.keep_checkpoints + 1 if recipe.save_steps else 0  # the old ones go after the new one is whole
     written = -(-recipe.max_steps // max(1, recipe.save_steps))  # the last step has one too
     return adapter + checkpoint * min(standing, written)
 
 
+def free_space(output: Path) -> int:
+    """Free bytes where `output` is or will be."""
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
 def check_space(recipe: Recipe, output: Path, model: Any) -> None:
     """Raise ValueError when the disk cannot hold what the run will write."""
     needed = space_needed(recipe, sum(p.numel() for group in trainable_parameters(model) for p in group))
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     # earlier checkpoints make way for this run's
     held = sum(path.stat().st_size for path in (output / CHECKPOINTS).rglob("*") if path.is_file())
-    free = shutil.disk_usage(existing).free + held
+    free = free_space(output) + held
     if free < needed:
         raise ValueError(
             f"{output} has {free / 1e9:.1f} GB free, but the run writes up to {needed / 1e9:.1f} GB (adapter and "

@@ -34,7 +34,15 @@ AT_LEAST_ONE = (
     "max_steps", "batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha", "logging_steps",
     "keep_checkpoints", "data_workers", "max_documents", "mlp_tile",
 )  # fmt: skip
-AT_LEAST_ZERO = ("heldout_windows", "warmup_steps", "learning_rate", "hici_learning_rate", "weight_decay", "save_steps")
+AT_LEAST_ZERO = (
+    "seed",
+    "heldout_windows",
+    "warmup_steps",
+    "learning_rate",
+    "hici_learning_rate",
+    "weight_decay",
+    "save_steps",
+)
 
 
 @dataclasses.dataclass(frozen=True)

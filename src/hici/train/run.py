@@ -39,7 +39,7 @@ from hici.train.output import (
     remove_old_results,
     training_facts,
 )
-from hici.train.processes import local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
+from hici.train.processes import everyones, local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import SCHEDULES, Recipe
 from hici.train.rows import prepare_data
 from hici.train.setup import (
@@ -52,15 +52,15 @@ from hici.train.setup import (
     prepare_model,
     uses_cpu,
 )
-from hici.train.state import gather_weights, is_sharded, restore_weights
-from hici.train.tracking import Trackers, make_trackers, start_event
+from hici.train.state import count_numbers, gather_weights, is_sharded, restore_weights
+from hici.train.tracking import Trackers, check_tracking, make_trackers, start_event
 from hici.train.trainer import HiCITrainer, LanguageModel, Settings
 
 logger = logging.getLogger(__name__)
 
 BEGIN = "begin"  # the log's entry of what was measured before the first step
 # how far the loss before the first step may lie from the base's: the sum of roundings in another order
-_SAME_LOSS = {"float32": 1e-3, "bfloat16": 3e-2}
+_SAME_LOSS = {"float32": {"rel_tol": 1e-3, "abs_tol": 1e-4}, "bfloat16": {"rel_tol": 3e-2, "abs_tol": 3e-2}}
 
 
 def train(
@@ -82,6 +82,7 @@ def train(
     check_launcher()
     check_engine(recipe)
     create_optimizer_class(recipe.optimizer)  # not installed: known before any work
+    check_tracking(recipe)
     output = Path(recipe.output_dir).expanduser()
     first = rank() == 0
     if first:
@@ -107,7 +108,8 @@ def train(
             else Trackers([]) as trackers,
             tempfile.TemporaryDirectory(prefix="hici-train-") as scratch,
         ):
-            trackers.event(start_event(recipe) if at is None else {"event": "resume", "step": at})
+            start = start_event(recipe)
+            trackers.event(start if at is None else {**start, "event": "resume", "step": at})
             trainer = make_trainer(recipe, model, data, scratch, store=store, base_loss=base_loss, trackers=trackers)
             trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
             return finish(recipe, output, trainer, data, tokenizer, trackers)
@@ -126,6 +128,9 @@ def check_processes(recipe: Recipe, data: PreparedData) -> None:
             f"{world_size()} processes of {recipe.batch_size} sequences need more than the {rows} sequences that the "
             "data gives; start fewer processes, give more text, or a shorter context"
         )
+    if recipe.warmup_steps >= recipe.max_steps:
+        logger.warning("warmup_steps=%d is not below max_steps=%d: the rates never get to what the recipe says",
+                       recipe.warmup_steps, recipe.max_steps)  # fmt: skip
     if needed > rows:
         logger.warning("%d sequences are needed but there are %d: they repeat", needed, rows)
 
@@ -133,8 +138,19 @@ def check_processes(recipe: Recipe, data: PreparedData) -> None:
 def checkpoint_store(recipe: Recipe, output: Path, model: Any, data: PreparedData) -> CheckpointStore:
     """Where the run's checkpoints lie, and what it is known by."""
     base = get_decoder(model).hici_attached.base_fingerprint
-    identity = Identity(recipe.to_dict(), data.fingerprint, base, rows_a_step(recipe))
+    # sections that mean the same are the same, however they are spelt
+    known_by = {**recipe.to_dict(), "hici": attached_config(recipe).to_dict()}
+    identity = Identity(known_by, data.fingerprint, base, rows_a_step(recipe))
     return CheckpointStore(output, identity, recipe.keep_checkpoints)
+
+
+def check_same_step(step: int) -> None:
+    """Raise ValueError unless all processes begin at the same step."""
+    steps = everyones(step)
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of other steps ({steps}); let output_dir be one that all machines share"
+        )
 
 
 def make_trainer(
@@ -179,7 +195,9 @@ def make_trainer(
     trackers = trackers or Trackers([])
 
     def begin(trainer: HiCITrainer) -> None:
+        check_same_step(trainer.state.global_step)
         if trainer.state.global_step == 0:
+            set_seed(recipe.seed + rank())  # other dropout on every process
             measured = before_first_step(recipe, trainer, data, base_loss)
             trainer.state.log_history.append({BEGIN: measured, "step": 0})
             trackers.event({"event": "heldout", "step": 0, "losses": measured["heldout_loss"]})
@@ -244,7 +262,7 @@ def before_first_step(
         losses[attention] = row_loss(trainer.model_wrapped, data.train[0], device)
     full, own = losses[FULL], losses[recipe.method]
     first = {"base": base_loss, **losses}
-    if base_loss is not None and not math.isclose(full, base_loss, rel_tol=_SAME_LOSS[recipe.dtype]):
+    if base_loss is not None and not math.isclose(full, base_loss, **_SAME_LOSS[recipe.dtype]):
         raise ValueError(
             f"before the first step the model in full attention has loss {full:.4f} on the first sequence, but the "
             f"base has {base_loss:.4f}; new modules and LoRA change nothing yet, so weights of the base were lost: "
@@ -259,6 +277,8 @@ def before_first_step(
         )  # fmt: skip
     heldout = heldout_losses(trainer.model_wrapped, model, data.heldout, recipe.method, device)
     logger.info("first sequence: %s; held out: %s", first, heldout)
+    if torch.device(device).type == "cuda":  # the peak is to be the training's
+        torch.cuda.reset_peak_memory_stats(device)
     return {"first_sequence_loss": first, "heldout_loss": heldout}
 
 
@@ -294,7 +314,7 @@ def finish(
         "visibility": config.visibility if recipe.method == HICI else None,
         "leaks_future": leaks,
         "data": {**data.summary, "fingerprint": data.fingerprint},
-        "trainable_parameters": {"hici": sum(p.numel() for p in hici), "other": sum(p.numel() for p in others)},
+        "trainable_parameters": {"hici": count_numbers(hici), "other": count_numbers(others)},
         "processes": world_size(),
         "steps": steps,
         "first_sequence_loss": before["first_sequence_loss"],

@@ -14,7 +14,7 @@ from hici.models.attach import attach
 from hici.models.load import first_line
 from hici.models.lookup import FULL, HICI
 from hici.models.modes import set_attention
-from hici.models.offload import StreamTransfers, offload_checkpoints
+from hici.models.offload import StreamTransfers, enable_checkpointing, offload_checkpoints
 from hici.models.quantized import NONE, load_quantized
 from hici.models.tiled_mlp import tile_mlp
 from hici.rope import check_context, extend_rope
@@ -22,19 +22,30 @@ from hici.train.optimizers import ADAMW
 from hici.train.processes import local_rank, wants_deepspeed, wants_fsdp
 from hici.train.recipe import Recipe
 
+# FSDP's settings, the value that does not work, accelerate's default, and why not
+_REFUSED = (
+    ("FSDP_VERSION", "1", "1", "only FSDP2 trains frozen and trained parameters together; write fsdp_version: 2"),
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "false", "every process makes its own HiCI modules; write "
+     "fsdp_cpu_ram_efficient_loading: false"),
+)  # fmt: skip
+
 
 def check_device(recipe: Recipe) -> None:
-    """Raise ValueError when the recipe asks for a GPU and there is none."""
+    """Raise ValueError when the recipe asks for a GPU, or for what only a GPU has, and there is none."""
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device='cuda', but torch sees no CUDA device here; run the recipe on a machine with one, or give --device "
             "cpu (with a model and a context that a CPU can train)"
         )
+    if recipe.offload_checkpoints and uses_cpu(recipe):
+        raise ValueError(
+            "offload_checkpoints=true on the CPU, where the checkpoints are in the CPU's memory already; take it out"
+        )
 
 
 def uses_cpu(recipe: Recipe) -> bool:
     """Whether the run is on the CPU."""
-    return recipe.device == "cpu" or not torch.accelerator.is_available()
+    return recipe.device == "cpu" or not torch.cuda.is_available()
 
 
 def check_launcher() -> None:
@@ -44,6 +55,17 @@ def check_launcher() -> None:
         raise ValueError(
             f"the launch config says mixed_precision {precision!r}, but precision is the recipe's key dtype; write "
             "mixed_precision: 'no' in the config (see recipes/accelerate)"
+        )
+    for setting, means, absent, remedy in _REFUSED if wants_fsdp() else ():
+        if os.environ.get(setting, absent).lower() == means:
+            raise ValueError(
+                f"the launch config says {setting.removeprefix('FSDP_').lower()} {means}, but {remedy} "
+                "(see recipes/accelerate/fsdp2.yaml)"
+            )
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        raise ValueError(
+            "the launch config has a parallelism_config (tensor, context or sequence parallelism), but hici divides a "
+            "step by sequences only; take it out (see recipes/accelerate)"
         )
 
 
@@ -93,7 +115,7 @@ def prepare_model(recipe: Recipe, model: Any) -> Any:
         # an engine may put the model on its GPU later
         offload_checkpoints(model, transfers=None if uses_cpu(recipe) else StreamTransfers())
     elif recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     if recipe.mlp_tile is not None:
         tile_mlp(model, recipe.mlp_tile)
     set_attention(wrapped, recipe.method)

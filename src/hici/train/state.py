@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+_PAGED = ("state1", "state2")  # bitsandbytes' moments
+
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of everything that gets gradients, each once."""
@@ -26,20 +28,29 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all of its shards, on the CPU, in memory of its own. All processes must call it together."""
+def count_numbers(parameters: list[Any]) -> int:
+    """How many numbers they hold, over all processes."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+def whole(tensor: Tensor, *, keep: bool = True) -> Tensor | None:
+    """A tensor with all of its shards, on the CPU, in memory of its own; None unless `keep`.
+
+    All processes must call it together, also those that do not keep it.
+    """
     if hasattr(tensor, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().to("cpu", copy=True).contiguous()
+            return tensor.detach().to("cpu", copy=True).contiguous() if keep else None
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().to("cpu", copy=True).contiguous()
+    return full.detach().to("cpu", copy=True).contiguous() if keep else None
 
 
-def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained parameter, whole. All processes must call it together."""
-    return {name: whole(parameter) for name, parameter in trained(model)}
+def gather_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Every trained parameter, whole; nothing unless `keep`. All processes must call it together."""
+    gathered = {name: whole(parameter, keep=keep) for name, parameter in trained(model)}
+    return {name: tensor for name, tensor in gathered.items() if tensor is not None}
 
 
 @torch.no_grad()
@@ -60,8 +71,13 @@ def restore_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         _copy(parameter, weights[name])
 
 
-def gather_optimizer(optimizer: Any, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors "NAME/KEY" of the state, plain values of it and of the groups). All processes must call it together."""
+def gather_optimizer(
+    optimizer: Any, model: nn.Module, *, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors "NAME/KEY" of the state, plain values of it and of the groups); no tensors unless `keep`.
+
+    All processes must call it together.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {"state": {}, "groups": []}
@@ -71,7 +87,9 @@ def gather_optimizer(optimizer: Any, model: nn.Module) -> tuple[dict[str, Tensor
         for parameter in group["params"]:
             for key, value in optimizer.state[parameter].items():
                 if isinstance(value, Tensor):
-                    tensors[f"{names[parameter]}/{key}"] = whole(value)
+                    full = whole(value, keep=keep)
+                    if full is not None:
+                        tensors[f"{names[parameter]}/{key}"] = full
                 else:
                     plain["state"].setdefault(names[parameter], {})[key] = value
     return tensors, plain
@@ -100,26 +118,38 @@ def restore_optimizer(optimizer: Any, model: nn.Module, tensors: dict[str, Tenso
         group.update({key: value for key, value in settings.items() if key != "params"})
         for parameter in group["params"]:
             entries = by_parameter.get(names[parameter], {})
-            optimizer.state[parameter] = {key: _placed(value, parameter, key) for key, value in entries.items()}
+            optimizer.state[parameter] = {
+                key: _placed(value, parameter, key, optimizer) for key, value in entries.items()
+            }
 
 
-def _placed(value: Any, parameter: Tensor, key: str) -> Any:
+def _placed(value: Any, parameter: Tensor, key: str, optimizer: Any) -> Any:
     """A state's entry where the optimizer keeps it: moments beside their parameter, AdamW's step counter on the CPU."""
     if not isinstance(value, Tensor):
         return value
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        mesh = parameter.device_mesh
-        return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+        return _shards(value, parameter)
+    own = getattr(optimizer, "optimizer", optimizer)  # inside of accelerate's
+    if getattr(own, "is_paged", False) and key in _PAGED:  # memory that bitsandbytes can move to the CPU's
+        return own.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
     return value.clone() if key == "step" else value.to(parameter.device, copy=True)
 
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:
     if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        shard = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shard.to_local())
+        parameter.to_local().copy_(_shards(value, parameter).to_local())
     else:
         parameter.copy_(value)
+
+
+def _shards(value: Tensor, like: DTensor) -> DTensor:
+    """A whole tensor as `like` is held: divided in the same way, on the same device (FSDP's may be the CPU)."""
+    mesh, place = like.device_mesh, like.to_local().device
+    shards = distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
+    if shards.to_local().device == place:
+        return shards
+    local = shards.to_local().to(place)
+    return DTensor.from_local(local, mesh, like.placements, shape=value.shape, stride=value.stride())
 
 
 def _check_names(have: set[str], saved: set[str], what: str) -> None:

@@ -74,6 +74,9 @@ class Steps(TrainerCallback):
         if self.segments is not None:
             self.trainer.step_log["segments"] = self.segments
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()  # writing a checkpoint is no part of a step
+
     def _about(self, norm: float, group: str, parameters: list[Any]) -> str:
         """Where a gradient is not finite (on this process, where it holds a part of each)."""
         trainer = self.trainer

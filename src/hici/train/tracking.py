@@ -9,6 +9,7 @@ attention), end. Only one process of a run has trackers.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -102,7 +103,7 @@ class MetricsLog:
         self._last = entry["step"]
 
     def event(self, entry: dict[str, Any]) -> None:
-        """Append an event, and have the disk hold everything so far (a checkpoint must not outlive its curve)."""
+        """Append an event, and have the disk hold everything so far."""
         self._append(entry)
         os.fsync(self._file.fileno())
 
@@ -137,18 +138,9 @@ class TensorBoardLog:
     """The same numbers as scalars for TensorBoard: train/loss, train/hici_grad_norm, ..., heldout/full, ..."""
 
     def __init__(self, directory: str | Path, *, resumed_at: int | None = None) -> None:
-        """`resumed_at`: step of the checkpoint that the run goes on from; what is there beyond it is hidden.
+        """`resumed_at`: step of the checkpoint that the run goes on from; what is there beyond it is hidden."""
+        from torch.utils.tensorboard import SummaryWriter
 
-        Raises:
-            ValueError: the package tensorboard is not installed.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "tensorboard=true needs the package tensorboard, which is not installed; pip install 'hici[tracking]', "
-                "or take the key out (metrics.jsonl has the same numbers)"
-            ) from error
         purge = None if resumed_at is None else resumed_at + 1
         self._writer = SummaryWriter(str(directory), purge_step=purge)
 
@@ -169,6 +161,15 @@ class TensorBoardLog:
         self._writer.close()
 
 
+def check_tracking(recipe: Recipe) -> None:
+    """Raise ValueError when the recipe asks for TensorBoard and its package is not installed."""
+    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "tensorboard=true needs the package tensorboard, which is not installed; pip install 'hici[tracking]', or "
+            "take the key out (metrics.jsonl has the same numbers)"
+        )
+
+
 def make_trackers(
     recipe: Recipe,
     output: Path,
@@ -180,8 +181,7 @@ def make_trackers(
     """The trackers of a recipe; call it in one process only.
 
     Args:
-        resumed_at: step of the checkpoint that the run goes on from (0: from its beginning); later entries are taken
-            out. None: a new run.
+        resumed_at: step of the checkpoint that the run goes on from; later entries are taken out. None: a new run.
         progress, write: as `ConsoleTable`.
 
     Raises:

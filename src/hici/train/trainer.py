@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ from hici.train.state import (
     restore_weights,
 )
 from hici.train.steps import Steps, TrainingDivergedError
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, OPTIMIZER, OPTIMIZER_PLAIN = "weights.safetensors", "optimizer.safetensors", "optimizer.json"
 TRAINER_STATE, RANDOM = "trainer_state.json", "random.pt"
@@ -167,9 +170,10 @@ class HiCITrainer(Trainer):
         """Adds what a step measured (gradient norms before clipping, rate of the HiCI modules, time, memory)."""
         if "loss" in logs:
             step = self.state.global_step
-            if not math.isfinite(logs["loss"]):
+            bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(logs.get(key, 0.0))), None)
+            if bad is not None:  # with DeepSpeed the norm, else Steps has seen it before
                 raise TrainingDivergedError(
-                    f"the loss of step {step} is {logs['loss']}, on {self.rows_of(step - 1)}; check these documents, "
+                    f"the {bad} of step {step} is {logs[bad]}, on {self.rows_of(step - 1)}; check these documents, "
                     "lower the learning rates or lengthen warmup_steps, and go on from the last checkpoint (--resume)"
                 )
             logs |= self.step_log
@@ -206,8 +210,8 @@ class HiCITrainer(Trainer):
         if store is None:
             return
         step, first = self.state.global_step, self.is_world_process_zero()
-        weights = gather_weights(self.model)
-        optimizer = None if self.is_deepspeed_enabled else gather_optimizer(self.optimizer, self.model)
+        weights = gather_weights(self.model, keep=first)
+        optimizer = None if self.is_deepspeed_enabled else gather_optimizer(self.optimizer, self.model, keep=first)
         everything = {"random": everyones(random_state()), "schedule": self.lr_scheduler.state_dict()}
 
         def fill(directory: Path | None) -> None:
@@ -252,8 +256,11 @@ class HiCITrainer(Trainer):
         if checkpoint is None:
             return
         states = torch.load(Path(checkpoint) / RANDOM, weights_only=True)["random"]
-        if len(states) == self.args.world_size:  # other processes cannot have the same streams; only dropout uses them
+        if len(states) == self.args.world_size:
             restore_random(states[self.args.process_index])
+        elif any(isinstance(module, nn.Dropout) and module.p for module in self.model.modules()):
+            logger.warning("the checkpoint has random states of %d processes, and these are %d: dropout draws anew",
+                           len(states), self.args.world_size)  # fmt: skip
 
 
 def _load_trained(load_checkpoint: Any, directory: str, load_module_strict: bool = True, **kwargs: Any) -> Any:
