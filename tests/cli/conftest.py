@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from typing import NamedTuple
 
@@ -33,8 +32,6 @@ class Done(NamedTuple):
 @pytest.fixture
 def hici_command(capsys, monkeypatch):
     """Run `hici ...` in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(logging.getLogger("hici"), "handlers", [])
-    monkeypatch.setattr(logging.getLogger("hici"), "propagate", True)
 
     def command(*arguments):
         capsys.readouterr()

@@ -125,7 +125,6 @@ def test_a_loss_that_is_not_finite():
 def test_a_perplexity_that_sees_the_future_is_marked_and_warned_about(visibility, leaks, caplog):
     model = strong_model(visibility=visibility)
     with caplog.at_level(logging.WARNING, logger="hici.eval.perplexity"):
-        logging.getLogger("hici").propagate = True
         result = perplexity(model, stream(), 40)
     assert (result.visibility, result.leaks_future) == (visibility, leaks)
     assert result.to_dict()["leaks_future"] is leaks

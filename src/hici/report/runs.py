@@ -88,7 +88,8 @@ def distinct_labels(directories: Sequence[str | Path]) -> list[str]:
 
 
 def _from_metrics(entries: list[dict[str, Any]], label: str) -> RunLog:
-    starts = events_of(entries, "start", "resume")  # a resume tells the same facts again: its steps may be more
+    # a resume tells the same facts again: its steps may be more
+    starts = [event for event in events_of(entries, "start", "resume") if "method" in event]
     start = starts[-1] if starts else {}
     told = [entry["event"] for entry in events_of(entries, "resume", "end")]
     heldout: dict[str, dict[int, float]] = {}
