@@ -1,6 +1,9 @@
 """The token cache: made once, the same whoever makes it, and made again where it is broken."""
 
 import os
+import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -86,6 +89,9 @@ DAMAGE = {
     "few bytes": lambda raw: raw[:5],
     "one bit": lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
     "header": lambda raw: raw[:8] + b"#" + raw[9:],
+    "header of another kind": lambda raw: struct.pack("<Q", 2) + b"[]" + raw[8:],
+    "header without arrays": lambda raw: raw.replace(b'"data_offsets":[0,', b'"data_offsets":[],"x":[0,', 1),
+    "header of numbers": lambda raw: struct.pack("<Q", 20) + b'{"__metadata__": 1}  ' + raw[8:],
     "length": lambda raw: b"\xff" * 8 + raw[8:],
     "longer": lambda raw: raw + b"\0",
 }
@@ -317,3 +323,53 @@ def test_documents_without_tokens_are_left_out_and_counted(letters, tokenizer, t
         caplog.clear()
     with pytest.raises(ValueError, match="b.jsonl gives no token: there is no text or answer in it .1 empty records"):
         reader.read([resolve(write("b.jsonl", [{"text": "zzz"}]))])
+
+
+MANY_FILES = """
+import json, pathlib, resource, sys
+from transformers import AutoTokenizer
+from hici.data import tokenising
+from hici.data.prepare import DataOptions, prepare
+
+folder = pathlib.Path(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+tokenising.PIECE_LETTERS = 1
+options = DataOptions([str(folder / "a.jsonl")], length=8, heldout_windows=0, token_cache=str(folder / "cache"))
+prepare(options, tokenizer, vocab_size=300, progress=False)
+resource.setrlimit(resource.RLIMIT_NOFILE, (110, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+rows = prepare(options, tokenizer, vocab_size=300, progress=False).train
+print(len({path for path, _, _ in rows.documents.store.places}), sorted(row["input_ids"][0].item() for row in rows))
+"""
+
+
+def test_few_files_are_open_at_a_time(write, tokenizer, tmp_path):
+    texts = [f"{i:07}" for i in range(150)]
+    write("a.jsonl", [{"text": text} for text in texts])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    done = subprocess.run([sys.executable, "-c", MANY_FILES, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"150 {sorted(tokenizer(text)['input_ids'][0] for text in texts)}"
+
+
+@pytest.mark.parametrize("damage", ["deleted", "header"])
+def test_a_cache_that_is_gone_while_it_is_read(damage, text, prepared, tmp_path):
+    data = prepared(text)
+    for path in files(tmp_path):
+        raw = path.read_bytes()
+        path.unlink()
+        if damage != "deleted":
+            path.write_bytes(DAMAGE[damage](raw))
+    with pytest.raises(ValueError, match=r"\.safetensors of the token cache cannot be read any more .*start again"):
+        data.train[0]
+
+
+def test_what_killed_writers_left_is_removed_after_a_day(text, prepared, tmp_path):
+    prepared(text)
+    folder = files(tmp_path)[0].parent
+    old, new = (folder / f".{files(tmp_path)[0].name}.{end}" for end in ("old1", "new2"))
+    for path, age in ((old, 25 * 3600), (new, 3600)):
+        path.write_bytes(b"half")
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
+    whole = files(tmp_path)
+    prepared(text)
+    assert (old.exists(), new.exists(), files(tmp_path)) == (False, True, whole)

@@ -7,11 +7,13 @@ and two runs at once can only write the same thing. A file is safetensors, and h
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 UINT16_VOCABULARY = 65_535  # larger vocabularies need four bytes a token (published rule)
 _TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 _DIGEST = "sha256"
+BROKEN = (OSError, ValueError, LookupError, AttributeError, struct.error)  # what `map_file` may raise
+_OLD = 24 * 3600  # seconds after which a temporary file is one of a writer that was killed
 _PER_TOKEN = ("tokens", "kinds")  # stay on disk; everything else is read, some 100 bytes a document
 
 
@@ -81,6 +85,18 @@ class TokenCache:
             check_writable(self.directory)
         except ValueError as error:
             raise ValueError(f"no token cache: {error} (token_cache)") from error
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Delete what writers that were killed left half written more than a day ago."""
+        removed = 0
+        for path in self.directory.glob("??/.*.safetensors.*"):
+            with contextlib.suppress(OSError):  # another run removed it, or it is another user's
+                if time.time() - path.stat().st_mtime > _OLD:
+                    path.unlink()
+                    removed += 1
+        if removed:
+            logger.info("%d half-written files of killed runs are removed from %s", removed, self.directory)
 
     def path(self, piece: Piece) -> Path:
         """Where a piece's tokens lie, whether or not they are there."""
@@ -100,7 +116,7 @@ class TokenCache:
                 raise ValueError("its hash is another")
             index = {name: np.array(array) for name, array in arrays.items() if name not in _PER_TOKEN}
             return Shard(path, **index)
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except (*BROKEN, TypeError) as error:
             logger.warning("%s in the token cache is broken (%s); its documents are tokenised again", path.name, error)
             return None
 
@@ -144,7 +160,7 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path) -> None:
 
 
 def map_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """Arrays of a file, memory-mapped, and the hash that it claims. Raises ValueError or KeyError when it is broken."""
+    """Arrays of a file, views of one memory map, and the hash that it claims. Raises one of `BROKEN`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -155,11 +171,11 @@ def map_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
     begin = 8 + length
     if size != begin + max(entry["data_offsets"][1] for entry in header.values()):
         raise ValueError(f"it has {size} bytes, others than its header says")
+    raw = np.memmap(path, np.uint8, "r")  # one for all arrays: each map holds an open file
     arrays: dict[str, np.ndarray] = {}
     for name, entry in header.items():
-        start, dtype, shape = begin + entry["data_offsets"][0], _TYPES[entry["dtype"]], tuple(entry["shape"])
-        # an empty array cannot be mapped
-        arrays[name] = np.memmap(path, dtype, "r", start, shape) if 0 not in shape else np.zeros(shape, dtype)
+        start, stop = entry["data_offsets"]
+        arrays[name] = raw[begin + start : begin + stop].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays, digest
 
 

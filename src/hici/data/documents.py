@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hici.data.cache import UINT16_VOCABULARY, map_file
+from hici.data.cache import BROKEN, UINT16_VOCABULARY, map_file
 from hici.data.sources import place
 from hici.data.tokenising import Tokenised
 
 logger = logging.getLogger(__name__)
 
-_OPEN_FILES = 256  # mapped at a time; a process may map some ten thousand
+_OPEN_FILES = 64  # mapped at a time, each an open file: a process may have 1,024, or fewer, for everything
 _BLOCK = 2**22  # tokens of a .bin looked at a time
 
 
@@ -44,20 +44,31 @@ class Store:
 
     def __init__(self, places: list[Place]) -> None:
         self.places = places
-        self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[Path, dict[str, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         return {"places": self.places, "_open": OrderedDict()}
 
     def arrays(self, number: int) -> dict[str, np.ndarray]:
-        """`tokens`, and in the cache `kinds`, of a file."""
-        if number not in self._open:
-            path, dtype, _ = self.places[number]
-            self._open[number] = map_file(path)[0] if dtype is None else {"tokens": np.memmap(path, dtype, "r")}
-            if len(self._open) > _OPEN_FILES:
+        """`tokens`, and in the cache `kinds`, of a file.
+
+        Raises:
+            ValueError: it is gone, or another one than it was.
+        """
+        path, dtype, _ = self.places[number]
+        if path not in self._open:
+            while len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
+            try:
+                self._open[path] = map_file(path)[0] if dtype is None else {"tokens": np.memmap(path, dtype, "r")}
+            except BROKEN as error:
+                what = "of the token cache " if dtype is None else ""
+                raise ValueError(
+                    f"{path} {what}cannot be read any more ({error}); leave the data and the token cache as they are "
+                    "while a run reads them, and start again: what is missing in the cache is made anew"
+                ) from error
+        self._open.move_to_end(path)
+        return self._open[path]
 
 
 @dataclasses.dataclass(frozen=True)
