@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hici.data.cache import BROKEN, UINT16_VOCABULARY, map_file
-from hici.data.sources import place
+from hici.data.sources import is_token_file, place
 from hici.data.tokenising import Tokenised
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,8 @@ def map_token_file(path: Path, vocab_size: int) -> np.memmap:
     """A token file (.bin) as it is: uint16, or uint32 above 65,535 entries of vocabulary, memory-mapped.
 
     Raises:
-        ValueError: the file is empty or no multiple of a token.
+        ValueError: the file is empty, no multiple of a token, or of uint32 where uint16 is read (each other one is
+            0, as in no text).
     """
     dtype = np.dtype("<u2") if vocab_size <= UINT16_VOCABULARY else np.dtype("<u4")
     size = path.stat().st_size
@@ -170,7 +171,21 @@ def map_token_file(path: Path, vocab_size: int) -> np.memmap:
             f"{path} has {size} bytes, but token files of a vocabulary of {vocab_size} hold {dtype.itemsize} bytes a "
             "token and at least one token; write it again"
         )
-    return np.memmap(path, dtype, "r")
+    tokens = np.memmap(path, dtype, "r")
+    if dtype.itemsize == 2 and len(tokens) % 2 == 0 and _halves_of_uint32(tokens):
+        raise ValueError(
+            f"{path} is read as uint16, 2 bytes a token, since the vocabulary has {vocab_size} entries, but each other "
+            "token of it is 0, as in a file of uint32, 4 bytes a token; write it again as uint16"
+        )
+    return tokens
+
+
+def _halves_of_uint32(tokens: np.ndarray) -> bool:
+    """Whether every second token is 0, and not all are."""
+    starts = range(0, len(tokens), _BLOCK)
+    if any(tokens[begin + 1 : begin + _BLOCK : 2].any() for begin in starts):
+        return False
+    return any(tokens[begin : begin + _BLOCK : 2].any() for begin in starts)
 
 
 def token_file(path: Path, vocab_size: int, eos_token_id: int | None, limit: int | None = None) -> TokenFile:
@@ -203,7 +218,9 @@ def check_vocabulary(documents: Documents, vocab_size: int) -> None:
 def check_id(source: str, highest: int, vocab_size: int) -> None:
     """Raise ValueError unless `source`'s highest token id is in the model's vocabulary."""
     if highest >= vocab_size:
+        wide = is_token_file(source) and vocab_size > UINT16_VOCABULARY
         raise ValueError(
             f"{source} holds token {highest}, but the model's vocabulary has {vocab_size} entries "
             f"(0..{vocab_size - 1}); it was made with another tokenizer"
+            + (", or as uint16, 2 bytes a token, and is read as uint32, 4 bytes a token" if wide else "")
         )

@@ -32,7 +32,7 @@ def split_documents(documents: Documents, fraction: float) -> tuple[Documents, D
     if len(by_content) < 2:
         raise ValueError(
             f"a held-out split by document needs two different documents, but the data has {len(by_content)}; give "
-            "more files, a separate held-out set, or heldout_fraction=0"
+            "more files, heldout_data of its own, or heldout_windows: 0"
         )
     wanted = fraction * int(documents.size.sum())
     sizes = {key: sum(int(documents.size[i]) for i in by_content[key]) for key in sorted(by_content)}
