@@ -51,7 +51,7 @@ class Shard(NamedTuple):
     Attributes:
         path: of the file.
         starts: first token of each document, and behind the last: int64 [D + 1].
-        which: which of the piece's documents each one is: int64 [D].
+        which: which of the piece's samples each one is of: int64 [D].
         hashes: SHA-256 of each document's tokens as int64, of a sample's kinds too: uint8 [D, 32].
         answers, user: answer tokens, and tokens that may be shortened, of each one: int64 [D].
         highest: highest token id of each one: int64 [D].
@@ -129,9 +129,9 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path) -> None:
     """
     places = [place(piece.label, number) for number in piece.numbers]
     encoded = encoder.encode(list(zip(places, piece.samples, strict=True)))
-    which = [i for i, document in enumerate(encoded) if len(document.ids)]
-    ids = [encoded[i].ids for i in which]
-    kinds = [encoded[i].kinds for i in which]
+    found = [(i, document) for i, documents in enumerate(encoded) for document in documents if len(document.ids)]
+    ids = [document.ids for _, document in found]
+    kinds = [document.kinds for _, document in found]
     hashes = b"".join(
         hashlib.sha256(row.astype("<i8").tobytes() + kind.tobytes()).digest()
         for row, kind in zip(ids, kinds, strict=True)
@@ -143,7 +143,7 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path) -> None:
         "tokens": joined.astype(np.uint16 if small else np.uint32),
         "kinds": np.concatenate([np.zeros(0, dtype=np.uint8), *kinds]),
         "starts": np.cumsum([0, *map(len, ids)], dtype=np.int64),
-        "which": np.array(which, dtype=np.int64),
+        "which": np.array([i for i, _ in found], dtype=np.int64),
         "hashes": np.frombuffer(hashes, dtype=np.uint8).reshape(-1, 32),
         "answers": np.array([(row == ANSWER).sum() for row in kinds], dtype=np.int64),
         "user": np.array([(row == USER).sum() for row in kinds], dtype=np.int64),

@@ -14,7 +14,7 @@ from hici.data.sources import Record
 
 TEXT = "text"
 FORMATS = (TEXT, INSTRUCTION)
-_VERSION = 1  # of the tokens that this package makes of the same input; counts in every fingerprint
+_VERSION = 2  # of the tokens that this package makes of the same input; counts in every fingerprint
 
 
 class Encoder:
@@ -55,13 +55,16 @@ class Encoder:
             return sample_of(record)
         return text_of(record, self.text_key) or None
 
-    def encode(self, samples: list[tuple[str, Sample]]) -> list[Encoded]:
-        """Tokens of (place, checked sample) pairs; a text has no special tokens and no kinds (an empty array)."""
+    def encode(self, samples: list[tuple[str, Sample]]) -> list[list[Encoded]]:
+        """Tokens of (place, checked sample) pairs: one document of each, or some, see `hici.data.prompts`.
+
+        A text has no special tokens and no kinds (an empty array).
+        """
         if self.data_format == INSTRUCTION:
             return [encode_sample(dict(sample), self.tokenizer, self.prompt, place) for place, sample in samples]  # type: ignore[arg-type]
         # verbose=False: a document may be longer than the tokenizer's idea of the model's context; it is packed later
         ids = self.tokenizer([text for _, text in samples], add_special_tokens=False, verbose=False)["input_ids"]
-        return [Encoded(np.asarray(row, dtype=np.int64), np.zeros(0, dtype=np.uint8)) for row in ids]
+        return [[Encoded(np.asarray(row, dtype=np.int64), np.zeros(0, dtype=np.uint8))] for row in ids]
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer, the format and the prompt: equal where the same input gives the same tokens."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from hici.data.cache import TokenCache
 from hici.data.documents import Documents, TokenFile, check_vocabulary, table, token_file
 from hici.data.encoder import TEXT, Encoder
 from hici.data.sources import HubOptions, Source, record_sets
 from hici.data.tokenising import Advance, Pieces, Tokenised, Tokeniser, refuse_empty
+
+logger = logging.getLogger(__name__)
 
 
 class _Planned(NamedTuple):
@@ -105,8 +110,14 @@ def _parts(plan: list[_Planned | TokenFile], done: Iterator[Tokenised]) -> Itera
             yield part
             continue
         found = [next(done) for _ in range(part.pieces)]
-        kept = sum(len(piece.numbers) for piece in found)
+        kept = sum(len(np.unique(piece.numbers)) for piece in found)
         refuse_empty(part.label, kept, part.empty + part.records - kept)
+        samples = sum(len(piece.numbers) for piece in found)
+        if samples > kept:
+            logger.warning(
+                "%s: the chat template rewrites earlier turns, so %d conversations became %d samples of one answer or "
+                "more (docs/data.md)", part.label, kept, samples,
+            )  # fmt: skip
         yield from found
 
 

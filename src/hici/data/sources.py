@@ -118,8 +118,7 @@ def file_records(path: Path) -> Iterator[Record]:
     """Records of one file, by its ending in any case; what is no .jsonl, .ndjson, .json or .parquet is one UTF-8 text.
 
     Raises:
-        ValueError: a table (.csv, .tsv); an empty, binary or broken file; one that is not UTF-8; a line or item that is no
-            object.
+        ValueError: a table (.csv, .tsv); an empty, binary or broken file; not UTF-8; a record that is no object.
     """
     suffix = path.suffix.lower()
     if suffix in LINES_SUFFIXES:
