@@ -35,7 +35,9 @@ def encoded(monkeypatch):
     texts = []
     plain = Encoder.encode
     monkeypatch.setattr(
-        Encoder, "encode", lambda self, samples: texts.extend(text for _, text in samples) or plain(self, samples)
+        Encoder,
+        "encode",
+        lambda self, samples, *rest: texts.extend(text for _, text in samples) or plain(self, samples),
     )
     return texts
 
@@ -121,10 +123,10 @@ def test_a_killed_run_goes_on_behind_what_is_finished(text, prepared, encoded, t
     encoded.clear()
     counting = Encoder.encode
 
-    def killed(self, samples):
+    def killed(self, samples, *rest):
         if len(encoded) >= 8:
             raise KeyboardInterrupt
-        return counting(self, samples)
+        return counting(self, samples, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "encode", killed)
@@ -305,9 +307,9 @@ def _exit(*arguments):
 class Deaf(Encoder):
     """Makes nothing of the letter z, as tokenizers do of some characters."""
 
-    def encode(self, samples):
+    def encode(self, samples, *rest):
         z = self.tokenizer("z")["input_ids"][0]
-        return [[encoded._replace(ids=encoded.ids[encoded.ids != z])] for (encoded,) in super().encode(samples)]
+        return [[encoded._replace(ids=encoded.ids[encoded.ids != z])] for (encoded,) in super().encode(samples, *rest)]
 
 
 @pytest.mark.parametrize("letters", [1, 1000])  # in a piece of its own, and with others

@@ -14,6 +14,7 @@ import logging
 import os
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,14 +122,14 @@ class TokenCache:
             return None
 
 
-def tokenise(piece: Piece, encoder: Encoder, path: Path) -> None:
-    """Write the tokens of a piece; documents that give no token are not in the file.
+def tokenise(piece: Piece, encoder: Encoder, path: Path, advance: Callable[[int], None] = lambda letters: None) -> None:
+    """Write the tokens of a piece; documents that give no token are not in the file. `advance`: see `Encoder.encode`.
 
     Raises:
         ValueError: the file cannot be written; see `Encoder.encode`.
     """
     places = [place(piece.label, number) for number in piece.numbers]
-    encoded = encoder.encode(list(zip(places, piece.samples, strict=True)))
+    encoded = encoder.encode(list(zip(places, piece.samples, strict=True)), advance)
     found = [(i, document) for i, documents in enumerate(encoded) for document in documents if len(document.ids)]
     ids = [document.ids for _, document in found]
     kinds = [document.kinds for _, document in found]

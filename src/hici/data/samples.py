@@ -14,6 +14,13 @@ ROLES = ("system", "user", "assistant")
 Sample = str | dict[str, Any]  # a document's text, or the checked columns of an instruction sample
 
 
+def letters(sample: Any) -> int:
+    """Letters of everything in a sample or in a list of samples."""
+    if isinstance(sample, str):
+        return len(sample)
+    return sum(letters(value) for value in (sample.values() if isinstance(sample, dict) else sample))
+
+
 def text_of(record: Record, key: str) -> str:
     """The record's text; "" where its column is null or white space.
 

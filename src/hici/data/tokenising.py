@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from hici.data.cache import Piece, Shard, TokenCache, tokenise
 from hici.data.encoder import Encoder
+from hici.data.samples import letters
 from hici.data.sources import Record
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Pieces:
         self.empty = 0
 
     def __iter__(self) -> Iterator[Piece]:
-        piece, letters = Piece("", [], []), 0
+        piece, size = Piece("", [], []), 0
         for record in self.records:
             sample = self.encoder.check(record)
             if sample is None:
@@ -63,10 +64,10 @@ class Pieces:
             piece.numbers.append(record.number)
             piece.samples.append(sample)
             self.kept += 1
-            letters += _letters(sample)
-            if letters >= PIECE_LETTERS:
+            size += letters(sample)
+            if size >= PIECE_LETTERS:
                 yield piece
-                piece, letters = Piece("", [], []), 0
+                piece, size = Piece("", [], []), 0
             if self.kept == self.limit:
                 break
         if piece.samples:
@@ -84,20 +85,13 @@ def refuse_empty(label: str, kept: int, empty: int) -> None:
         logger.warning("%s: %d empty records are left out", label, empty)
 
 
-def _letters(sample: Any) -> int:
-    """Letters of everything in a sample."""
-    if isinstance(sample, str):
-        return len(sample)
-    return sum(_letters(value) for value in (sample.values() if isinstance(sample, dict) else sample))
-
-
 class Tokeniser:
     """Puts pieces into the cache where they are not in it; a context manager.
 
     Args:
         cache, encoder: where to, and how.
         workers: processes. One works in this process; more are started when the first piece is missing.
-        advance: called with the letters of every piece that is in the cache.
+        advance: called with letters that are in the cache: of a piece; in one process, of a long document's part too.
     """
 
     def __init__(
@@ -131,8 +125,9 @@ class Tokeniser:
                 self._finish_one()
         else:
             if shard is None:
-                tokenise(piece, self.encoder, path)
-            self.advance(_letters(piece.samples))
+                tokenise(piece, self.encoder, path, self.advance)
+            else:
+                self.advance(letters(piece.samples))
         # what another process must still read of the piece is only where its documents are from
         self._parts.append((Piece(piece.label, piece.numbers, []), path, shard))
 
@@ -165,7 +160,7 @@ class Tokeniser:
                 f"a process that tokenised {piece.label} was ended from outside, perhaps for want of memory; start "
                 "again with fewer data_workers (what is finished stays in the token cache)"
             ) from error
-        self.advance(_letters(piece.samples))
+        self.advance(letters(piece.samples))
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
