@@ -34,11 +34,12 @@ def encoded(monkeypatch):
     """Counts what is tokenised."""
     texts = []
     plain = Encoder.encode
-    monkeypatch.setattr(
-        Encoder,
-        "encode",
-        lambda self, samples, *rest: texts.extend(text for _, text in samples) or plain(self, samples),
-    )
+
+    def counting(self, samples, *rest):
+        texts.extend(text for _, text in samples)
+        return plain(self, samples, *rest)
+
+    monkeypatch.setattr(Encoder, "encode", counting)
     return texts
 
 

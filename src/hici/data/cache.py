@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from hici.data.encoder import Encoder
 from hici.data.prompts import ANSWER, USER
-from hici.data.samples import Sample
+from hici.data.samples import Sample, plain_digest
 from hici.data.sources import place
 from hici.files import atomic_file, check_writable
 
@@ -54,6 +54,7 @@ class Shard(NamedTuple):
         starts: first token of each document, and behind the last: int64 [D + 1].
         which: which of the piece's samples each one is of: int64 [D].
         hashes: SHA-256 of each document's tokens as int64, of a sample's kinds too: uint8 [D, 32].
+        plain: SHA-256 of the document's text, or of the whole sample's, without white space: uint8 [D, 32].
         answers, user: answer tokens, and tokens that may be shortened, of each one: int64 [D].
         highest: highest token id of each one: int64 [D].
     """
@@ -62,6 +63,7 @@ class Shard(NamedTuple):
     starts: np.ndarray
     which: np.ndarray
     hashes: np.ndarray
+    plain: np.ndarray
     answers: np.ndarray
     user: np.ndarray
     highest: np.ndarray
@@ -137,6 +139,7 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path, advance: Callable[[int]
         hashlib.sha256(row.astype("<i8").tobytes() + kind.tobytes()).digest()
         for row, kind in zip(ids, kinds, strict=True)
     )
+    plain = [plain_digest(sample) for sample in piece.samples]
     highest = np.array([row.max() for row in ids], dtype=np.int64)
     small = max(len(encoder.tokenizer), int(highest.max(initial=0)) + 1) <= UINT16_VOCABULARY
     joined = np.concatenate([np.zeros(0, dtype=np.int64), *ids])
@@ -146,6 +149,7 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path, advance: Callable[[int]
         "starts": np.cumsum([0, *map(len, ids)], dtype=np.int64),
         "which": np.array([i for i, _ in found], dtype=np.int64),
         "hashes": np.frombuffer(hashes, dtype=np.uint8).reshape(-1, 32),
+        "plain": np.frombuffer(b"".join(plain[i] for i, _ in found), dtype=np.uint8).reshape(-1, 32),
         "answers": np.array([(row == ANSWER).sum() for row in kinds], dtype=np.int64),
         "user": np.array([(row == USER).sum() for row in kinds], dtype=np.int64),
         "highest": highest,

@@ -73,13 +73,14 @@ class Store:
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """A table of D documents, in order. All arrays are [D] and int64 but `hashes`.
+    """A table of D documents, in order. All arrays are [D] and int64 but `hashes` and `plain`.
 
     Attributes:
         store: their tokens.
         file, start, size: file in the store, first token in it, and number of tokens (without EOS).
         number: of the record in its file or data set.
         hashes: SHA-256 of the tokens as int64, of a sample's kinds too: uint8 [D, 32].
+        plain: SHA-256 of the text (of a whole sample) without white space: uint8 [D, 32]; of a .bin, `hashes`.
         answers, user: instruction samples: tokens of answers, and of the user's message that may be shortened.
         highest: the highest token id.
     """
@@ -90,6 +91,7 @@ class Documents:
     size: np.ndarray
     number: np.ndarray
     hashes: np.ndarray
+    plain: np.ndarray
     answers: np.ndarray
     user: np.ndarray
     highest: np.ndarray
@@ -136,7 +138,7 @@ def table(parts: Iterable[Tokenised | TokenFile]) -> Documents:
             places.append(Place(shard.path, None, part.label))
             columns.append({
                 "start": shard.starts[:-1], "size": np.diff(shard.starts), "number": part.numbers,
-                "hashes": shard.hashes, "answers": shard.answers, "user": shard.user,
+                "hashes": shard.hashes, "plain": shard.plain, "answers": shard.answers, "user": shard.user,
                 "highest": shard.highest,
             })  # fmt: skip
         columns[-1]["file"] = np.full(len(columns[-1]["size"]), len(places) - 1, dtype=np.int64)
@@ -154,7 +156,7 @@ def _of_token_file(part: TokenFile) -> dict[str, np.ndarray]:
         highest[i] = document.max()
     none = np.zeros(len(part.starts), dtype=np.int64)
     return {"start": part.starts, "size": part.sizes, "number": np.arange(len(part.starts)), "hashes": hashes,
-            "answers": none, "user": none, "highest": highest}  # fmt: skip
+            "plain": hashes, "answers": none, "user": none, "highest": highest}  # fmt: skip
 
 
 def map_token_file(path: Path, vocab_size: int) -> np.memmap:
