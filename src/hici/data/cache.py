@@ -39,9 +39,9 @@ _PER_TOKEN = ("tokens", "kinds")  # stay on disk; everything else is read, some 
 
 
 class Piece(NamedTuple):
-    """Documents that are tokenised together: file or data set, numbers of their records in it, and checked samples."""
+    """Checked samples that are tokenised together: file or data set of each one, and number of its record in it."""
 
-    label: str
+    labels: list[str]
     numbers: list[int]
     samples: list[Sample]
 
@@ -130,7 +130,7 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path, advance: Callable[[int]
     Raises:
         ValueError: the file cannot be written; see `Encoder.encode`.
     """
-    places = [place(piece.label, number) for number in piece.numbers]
+    places = [place(label, number) for label, number in zip(piece.labels, piece.numbers, strict=True)]
     encoded = encoder.encode(list(zip(places, piece.samples, strict=True)), advance)
     found = [(i, document) for i, documents in enumerate(encoded) for document in documents if len(document.ids)]
     ids = [document.ids for _, document in found]

@@ -132,16 +132,15 @@ def table(parts: Iterable[Tokenised | TokenFile]) -> Documents:
     for part in parts:
         if isinstance(part, TokenFile):
             places.append(Place(part.path, part.dtype, str(part.path)))
-            columns.append(_of_token_file(part))
+            columns.append({"file": np.full(len(part.starts), len(places) - 1), **_of_token_file(part)})
         else:
             shard = part.shard
-            places.append(Place(shard.path, None, part.label))
             columns.append({
-                "start": shard.starts[:-1], "size": np.diff(shard.starts), "number": part.numbers,
-                "hashes": shard.hashes, "plain": shard.plain, "answers": shard.answers, "user": shard.user,
-                "highest": shard.highest,
+                "file": len(places) + part.label, "start": shard.starts[:-1], "size": np.diff(shard.starts),
+                "number": part.numbers, "hashes": shard.hashes, "plain": shard.plain, "answers": shard.answers,
+                "user": shard.user, "highest": shard.highest,
             })  # fmt: skip
-        columns[-1]["file"] = np.full(len(columns[-1]["size"]), len(places) - 1, dtype=np.int64)
+            places += [Place(shard.path, None, label) for label in part.labels]
     names = [f.name for f in dataclasses.fields(Documents) if f.name != "store"]
     return Documents(Store(places), **{name: np.concatenate([column[name] for column in columns]) for name in names})
 

@@ -223,5 +223,5 @@ def _encoded(label: str, records: Iterator[Record], encoder: Encoder) -> list[np
         samples = [(place(label, number), sample) for number, sample in zip(piece.numbers, piece.samples, strict=True)]
         documents += [encoded.ids for found in encoder.encode(samples) for encoded in found]
     found = [document for document in documents if len(document)]
-    refuse_empty(label, len(found), pieces.empty + len(documents) - len(found))
+    refuse_empty(label, len(found), pieces.empty[label] + len(documents) - len(found))
     return found
