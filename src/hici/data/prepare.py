@@ -40,7 +40,7 @@ class DataOptions:
         prompt: of instruction data: "auto", "alpaca", "llama2", "chat".
         overlong: samples longer than `length`: "skip", "shorten" or "error".
         heldout_sources: held-out data; None: `heldout_fraction` of `sources`.
-        heldout_windows: held-out rows; 0: none, and nothing is held out of `sources`.
+        heldout_windows: held-out rows, the same for every seed; 0: none, and nothing is held out of `sources`.
         hub_split, hub_config, streaming: of hub data sets.
         max_documents: of each source, the first ones with something to learn.
         token_cache: directory; None: `hici.data.cache.default_cache`.
