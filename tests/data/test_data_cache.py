@@ -92,7 +92,7 @@ DAMAGE = {
     "few bytes": lambda raw: raw[:5],
     "one bit": lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
     "header": lambda raw: raw[:8] + b"#" + raw[9:],
-    "header of another kind": lambda raw: struct.pack("<Q", 2) + b"[]" + raw[8:],
+    "header of another kind": lambda raw: struct.pack("<Q", 3) + b'"a"' + raw[8:],
     "header without arrays": lambda raw: raw.replace(b'"data_offsets":[0,', b'"data_offsets":[],"x":[0,', 1),
     "header of numbers": lambda raw: struct.pack("<Q", 20) + b'{"__metadata__": 1}  ' + raw[8:],
     "length": lambda raw: b"\xff" * 8 + raw[8:],

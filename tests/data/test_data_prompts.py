@@ -202,6 +202,16 @@ def test_a_conversation_has_the_tokens_of_its_whole_text():
     assert learned(pieces([("\n", "u")]), PLAIN, [*turns, TURNS[1]]) == [*"It▁is"]
 
 
+def test_a_sample_whose_answer_has_no_token_of_its_own_is_left_out(prepared, write, caplog):
+    tokenizer = pieces([("▁", "I"), ("\n", "u")])
+    tokenizer.chat_template = PLAIN
+    turns = [TURNS[1], {"role": "assistant", "content": "I"}, {"role": "user", "content": "u"}]
+    path = write("a.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
+    data = prepared(path, tokenizer=tokenizer, data_format="instruction", length=200)
+    assert [data.train.documents.source(i) for i in range(len(data.train))] == [f"{path}:2"]
+    assert f"{path}: 1 empty records are left out" in caplog.text
+
+
 # what follows goes through `prepare`
 
 FORMAT = {"data_format": "instruction", "length": 200}

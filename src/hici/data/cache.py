@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from hici.data.encoder import Encoder
-from hici.data.prompts import ANSWER, USER
+from hici.data.prompts import ANSWER, USER, Encoded
 from hici.data.samples import Sample, plain_digest
 from hici.data.sources import place
 from hici.files import atomic_file, check_writable
@@ -125,14 +125,16 @@ class TokenCache:
 
 
 def tokenise(piece: Piece, encoder: Encoder, path: Path, advance: Callable[[int], None] = lambda letters: None) -> None:
-    """Write the tokens of a piece; documents that give no token are not in the file. `advance`: see `Encoder.encode`.
+    """Write the tokens of a piece; documents without tokens, and samples without an answer's, are not in it.
+
+    `advance`: see `Encoder.encode`.
 
     Raises:
         ValueError: the file cannot be written; see `Encoder.encode`.
     """
     places = [place(label, number) for label, number in zip(piece.labels, piece.numbers, strict=True)]
     encoded = encoder.encode(list(zip(places, piece.samples, strict=True)), advance)
-    found = [(i, document) for i, documents in enumerate(encoded) for document in documents if len(document.ids)]
+    found = [(i, document) for i, documents in enumerate(encoded) for document in documents if _teaches(document)]
     ids = [document.ids for _, document in found]
     kinds = [document.kinds for _, document in found]
     hashes = b"".join(
@@ -162,6 +164,10 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path, advance: Callable[[int]
             f"the token cache {path.parent.parent} cannot be written ({error}); make room, or give another place with "
             "token_cache"
         ) from error
+
+
+def _teaches(document: Encoded) -> bool:
+    return bool((document.kinds == ANSWER).any()) if len(document.kinds) else len(document.ids) > 0
 
 
 def map_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
