@@ -82,12 +82,12 @@ def write(tmp_path):
 
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory):
-    """A table of documents of these tokens (1..): they lie in a token file, between zeros."""
+    """A table of documents of these tokens (below 59,999): they lie in a token file, each before a 59,999."""
 
     def make(*rows):
         path = tmp_path_factory.mktemp("documents") / "x.bin"
-        stream = [token for row in rows for token in (*row, 0)]
+        stream = [token for row in rows for token in (*row, 59_999)]
         np.array(stream, dtype="<u2").tofile(path)
-        return table([token_file(path, 60_000, 0)])
+        return table([token_file(path, 60_000, 59_999)])
 
     return make

@@ -1,6 +1,9 @@
 """The token cache: made once, the same whoever makes it, and made again where it is broken."""
 
 import os
+import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -31,9 +34,12 @@ def encoded(monkeypatch):
     """Counts what is tokenised."""
     texts = []
     plain = Encoder.encode
-    monkeypatch.setattr(
-        Encoder, "encode", lambda self, samples: texts.extend(text for _, text in samples) or plain(self, samples)
-    )
+
+    def counting(self, samples, *rest):
+        texts.extend(text for _, text in samples)
+        return plain(self, samples, *rest)
+
+    monkeypatch.setattr(Encoder, "encode", counting)
     return texts
 
 
@@ -86,6 +92,9 @@ DAMAGE = {
     "few bytes": lambda raw: raw[:5],
     "one bit": lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
     "header": lambda raw: raw[:8] + b"#" + raw[9:],
+    "header of another kind": lambda raw: struct.pack("<Q", 3) + b'"a"' + raw[8:],
+    "header without arrays": lambda raw: raw.replace(b'"data_offsets":[0,', b'"data_offsets":[],"x":[0,', 1),
+    "header of numbers": lambda raw: struct.pack("<Q", 20) + b'{"__metadata__": 1}  ' + raw[8:],
     "length": lambda raw: b"\xff" * 8 + raw[8:],
     "longer": lambda raw: raw + b"\0",
 }
@@ -115,10 +124,10 @@ def test_a_killed_run_goes_on_behind_what_is_finished(text, prepared, encoded, t
     encoded.clear()
     counting = Encoder.encode
 
-    def killed(self, samples):
+    def killed(self, samples, *rest):
         if len(encoded) >= 8:
             raise KeyboardInterrupt
-        return counting(self, samples)
+        return counting(self, samples, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "encode", killed)
@@ -283,7 +292,7 @@ def test_pieces_hold_every_record_once_and_in_order(tokenizer, texts, limit):
     assert [pair for piece in found for pair in zip(piece.numbers, piece.samples, strict=True)] == kept
     assert all(piece.samples for piece in found)
     assert all(sum(map(len, piece.samples[:-1])) < 250 for piece in found)
-    assert pieces.kept == len(kept)
+    assert pieces.kept.total() == len(kept)
 
 
 def test_a_process_that_is_ended_from_outside_is_told(text, prepared, monkeypatch):
@@ -299,9 +308,9 @@ def _exit(*arguments):
 class Deaf(Encoder):
     """Makes nothing of the letter z, as tokenizers do of some characters."""
 
-    def encode(self, samples):
+    def encode(self, samples, *rest):
         z = self.tokenizer("z")["input_ids"][0]
-        return [encoded._replace(ids=encoded.ids[encoded.ids != z]) for encoded in super().encode(samples)]
+        return [[encoded._replace(ids=encoded.ids[encoded.ids != z])] for (encoded,) in super().encode(samples, *rest)]
 
 
 @pytest.mark.parametrize("letters", [1, 1000])  # in a piece of its own, and with others
@@ -317,3 +326,88 @@ def test_documents_without_tokens_are_left_out_and_counted(letters, tokenizer, t
         caplog.clear()
     with pytest.raises(ValueError, match="b.jsonl gives no token: there is no text or answer in it .1 empty records"):
         reader.read([resolve(write("b.jsonl", [{"text": "zzz"}]))])
+
+
+MANY_FILES = """
+import json, pathlib, resource, sys
+from transformers import AutoTokenizer
+from hici.data import tokenising
+from hici.data.prepare import DataOptions, prepare
+
+folder = pathlib.Path(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+tokenising.PIECE_LETTERS = 1
+options = DataOptions([str(folder / "a.jsonl")], length=8, heldout_windows=0, token_cache=str(folder / "cache"))
+prepare(options, tokenizer, vocab_size=300, progress=False)
+resource.setrlimit(resource.RLIMIT_NOFILE, (110, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+rows = prepare(options, tokenizer, vocab_size=300, progress=False).train
+print(len({path for path, _, _ in rows.documents.store.places}), sorted(row["input_ids"][0].item() for row in rows))
+"""
+
+
+def test_few_files_are_open_at_a_time(write, tokenizer, tmp_path):
+    texts = [f"{i:07}" for i in range(150)]
+    write("a.jsonl", [{"text": text} for text in texts])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    done = subprocess.run([sys.executable, "-c", MANY_FILES, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"150 {sorted(tokenizer(text)['input_ids'][0] for text in texts)}"
+
+
+@pytest.mark.parametrize("damage", ["deleted", "header"])
+def test_a_cache_that_is_gone_while_it_is_read(damage, text, prepared, tmp_path):
+    data = prepared(text)
+    for path in files(tmp_path):
+        raw = path.read_bytes()
+        path.unlink()
+        if damage != "deleted":
+            path.write_bytes(DAMAGE[damage](raw))
+    with pytest.raises(ValueError, match=r"\.safetensors of the token cache cannot be read any more .*start again"):
+        data.train[0]
+
+
+def test_what_killed_writers_left_is_removed_after_a_day(text, prepared, tmp_path):
+    prepared(text)
+    folder = files(tmp_path)[0].parent
+    old, new = (folder / f".{files(tmp_path)[0].name}.{end}" for end in ("old1", "new2"))
+    for path, age in ((old, 25 * 3600), (new, 3600)):
+        path.write_bytes(b"half")
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
+    whole = files(tmp_path)
+    prepared(text)
+    assert (old.exists(), new.exists(), files(tmp_path)) == (False, True, whole)
+
+
+def test_small_files_share_a_file_of_the_cache(prepared, write, tokenizer, tmp_path, encoded):
+    texts = [f"text {i} of many" for i in range(600)]
+    for i, text in enumerate(texts):
+        write(f"d/{i:03}.txt", text)
+    write("d/300.jsonl", [{"text": "of a list"}, {"text": " "}, {"text": "of a list too"}])
+    np.array([5, 6, 7], dtype="<u2").tofile(tmp_path / "d/450.bin")
+    folder = tmp_path / "d"
+    data = prepared(folder).train.documents
+    found = [(data.source(i), tokenizer.decode(data.tokens(i))) for i in range(len(data))]
+    wanted = [(f"{folder}/{i:03}.txt", text) for i, text in enumerate(texts)]
+    wanted.insert(300, (f"{folder}/300.jsonl:1", "of a list"))
+    wanted.insert(301, (f"{folder}/300.jsonl:3", "of a list too"))
+    wanted.insert(452, (f"{folder}/450.bin#0", tokenizer.decode([5, 6, 7])))
+    assert found == wanted
+    pieces = len(files(tmp_path))
+    assert 3 < pieces < 40
+    # the same under other names; of a changed folder only what is near the change
+    encoded.clear()
+    moved = folder.rename(tmp_path / "e")
+    assert len(prepared(moved).train.documents) == 603
+    assert not encoded
+    write("e/005.txt", "another text")
+    (moved / "007.txt").unlink()
+    assert len(prepared(moved).train.documents) == 602
+    assert 0 < len(encoded) < 300
+    assert "another text" in encoded
+
+
+def test_the_number_of_documents_reads_no_more_files(prepared, write):
+    write("d/a.txt", "first")
+    write("d/b.jsonl", [{"text": "second"}, {"text": "third"}, {"text": 3}])
+    write("d/c.txt", b"\xff")
+    assert prepared(write("d/a.txt", "first").parent, max_documents=3).summary["documents"] == 3

@@ -1,6 +1,10 @@
 """Instruction samples: the answers, all of them and nothing else, are learned; long samples lose no answer."""
 
+import string
+
 import pytest
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from hici.data.prompts import encode_sample, render_chat
 
@@ -28,12 +32,16 @@ THINKING = (
     "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# no beginning of an answer when it is asked for one
+SILENT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+LOOKING_BACK = "{{ messages | length }} messages" + SILENT
+BLIND = "{% for m in messages if m['role'] != 'assistant' %}{{ m['content'] }}{% endfor %}"
 REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
 
 
 def parts(sample, tokenizer, prompt):
     """(whole text, what is learned, what may be shortened)."""
-    encoded = encode_sample(sample, tokenizer, prompt, "a.jsonl:1")
+    (encoded,) = encode_sample(sample, tokenizer, prompt, "a.jsonl:1")
     assert len(encoded.ids) == len(encoded.kinds)
     return [
         tokenizer.decode(encoded.ids[mask]) for mask in (encoded.kinds >= 0, encoded.kinds == 1, encoded.kinds == 2)
@@ -73,7 +81,7 @@ def test_chatml_learns_every_turn_of_the_assistant(chat):
     assert user == "and there, who?"
     # the same words stand in the system message, and are not the user's there
     turns = [TURNS[0], TURNS[1], TURNS[2]]
-    encoded = encode_sample({"messages": turns}, chat, "chat", "x")
+    (encoded,) = encode_sample({"messages": turns}, chat, "chat", "x")
     before = chat.decode(encoded.ids[: (encoded.kinds == 2).argmax()])
     assert before == "<|im_start|>system\nAsk me: who?<|im_end|>\n<|im_start|>user\n"
 
@@ -107,12 +115,8 @@ def test_instructions_in_a_chat_template_and_what_auto_is(chat, tokenizer):
 @pytest.mark.parametrize(
     "template, prompt, sample, message",
     [
-        (
-            THINKING,
-            "chat",
-            {"messages": TURNS},
-            "x:1: .* does not render the first 3 messages .* sample of each answer",
-        ),
+        (LOOKING_BACK, "chat", {"messages": TURNS}, "x:1: .* renders the 2 messages before an answer not as .* alpaca"),
+        (BLIND, "chat", {"messages": TURNS}, "x:1: .* ignores add_generation_prompt and does not show .* alpaca"),
         (REFUSING, "chat", {"messages": TURNS}, "x:1: .*refuses the messages .no system here.; change the sample"),
         (None, "auto", {"messages": TURNS}, "needs a chat template, and the tokenizer has none; use prompt: alpaca"),
         (PLAIN, "alpaca", {"messages": TURNS}, "x:1 has messages, but prompt 'alpaca' is for instruction and output"),
@@ -121,15 +125,91 @@ def test_instructions_in_a_chat_template_and_what_auto_is(chat, tokenizer):
 def test_templates_that_cannot_be_used(template, prompt, sample, message, make_tokenizer):
     with pytest.raises(ValueError, match=message):
         encode_sample(sample, make_tokenizer(template), prompt, "x:1")
-    single = {"messages": TURNS[1:3]}  # one answer: its beginning is one of the whole
-    if template == THINKING:
-        assert parts(single, make_tokenizer(template), "chat")[1] == "<think></think>It is me. <|im_end|>"
 
 
 def test_the_spans_of_the_rendered_text(chat):
-    rendered = render_chat(TURNS, chat, "x")
+    (rendered,) = render_chat(TURNS, chat, "x")
     assert [rendered.text[a:b] for a, b in rendered.answers] == ["It is me. <|im_end|>", "\nYou.<|im_end|>"]
     assert not rendered.close
+
+
+def test_a_template_that_ignores_the_generation_prompt(make_tokenizer):
+    turns = [*TURNS, {"role": "user", "content": "assistant"}, {"role": "assistant", "content": "assistant"}]
+    whole, answers, _ = parts({"messages": turns}, make_tokenizer(SILENT), "chat")
+    assert whole == make_tokenizer(SILENT).apply_chat_template(turns, tokenize=False)
+    assert answers == "It is me.<|im_end|>You.<|im_end|>assistant<|im_end|>"
+    # with a space in front of the content, which is the word's own
+    whole, answers, _ = parts({"messages": TURNS[1:]}, make_tokenizer(PLAIN.partition("{% if")[0]), "chat")
+    assert answers == " It is me. \n \nYou.\n</s>"
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_a_sample_of_each_answer(make_tokenizer, prepared, write, caplog):
+    thinking = make_tokenizer(THINKING)
+    found = encode_sample({"messages": [*TURNS, TURNS[1]]}, thinking, "chat", "x")
+    assert [thinking.decode(encoded.ids) for encoded in found] == [
+        thinking.apply_chat_template(TURNS[:number], tokenize=False) for number in (3, 5)
+    ]
+    answers = [thinking.decode(encoded.ids[encoded.kinds == 1]) for encoded in found]
+    assert answers == ["<think></think>It is me. <|im_end|>", "<think></think>\nYou.<|im_end|>"]
+    assert [thinking.decode(encoded.ids[encoded.kinds == 2]) for encoded in found] == ["who?", "and there, who?"]
+    conversations = [[*TURNS[:3], {"role": "user", "content": f"question {i}"}, TURNS[4]] for i in range(3)]
+    path = write("a.jsonl", [{"messages": turns} for turns in [TURNS[1:3], *conversations]])
+    data = prepared(path, tokenizer=thinking, data_format="instruction", length=400)
+    assert [data.train.documents.source(i) for i in range(7)] == [f"{path}:{n}" for n in (1, 2, 2, 3, 3, 4, 4)]
+    assert f"{path}: the chat template rewrites earlier turns, so 4 conversations became 7 samples" in caplog.text
+
+
+def test_the_day_is_no_part_of_the_tokens(make_tokenizer, chat):
+    day = "{% if strftime_now is defined %}{{ strftime_now('%-d %d %b %Y') }}, {% endif %}"
+    dated = make_tokenizer("\n  " + day + "{{ strftime_now('%T.%f') }}: " + chat.chat_template)
+    whole, answers, _ = parts({"messages": TURNS[1:3]}, dated, "chat")
+    assert whole.startswith("\n26 26 Jul 2024, 00:00:00.000000: <|im_start|>user\n")
+    assert answers == "It is me. <|im_end|>"
+
+
+def pieces(merges=()):
+    """A tokenizer as of SentencePiece: ▁ in front of each text and for each space; tokens are letters and `merges`."""
+    alphabet = "▁\n[]/.,:?" + string.ascii_letters
+    letters = {letter: i for i, letter in enumerate(alphabet)}
+    vocabulary = {**letters, **{a + b: len(letters) + i for i, (a, b) in enumerate(merges)}}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+def learned(tokenizer, template, turns=TURNS[1:]):
+    """Tokens of a conversation's answers; those of the whole are those that a model is asked with."""
+    tokenizer.chat_template = template
+    (encoded,) = encode_sample({"messages": turns}, tokenizer, "chat", "x")
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    closed = "</s>" in text or turns[-1]["role"] == "user"
+    assert encoded.ids.tolist() == (whole if closed else [*whole, tokenizer.eos_token_id])
+    return tokenizer.convert_ids_to_tokens(encoded.ids[encoded.kinds == 1].tolist())
+
+
+def test_a_conversation_has_the_tokens_of_its_whole_text():
+    tokenizer = pieces([("▁", "I"), ("▁", "Y"), ("\n", "Y")])
+    # one ▁ in front of the first word of an answer, where the template has one space, and none of the tokenizer's
+    assert "".join(learned(tokenizer, LLAMA2)) == "▁It▁is▁me.▁</s>▁You.▁</s>"
+    assert learned(tokenizer, LLAMA2)[0] == "▁I"
+    # without a border's space in the template, the answer's first token begins in the prompt: it is not learned
+    turns = [TURNS[1], {"role": "assistant", "content": "It is"}]
+    assert learned(tokenizer, PLAIN, turns) == [*"t▁is\n", "</s>"]
+    assert learned(tokenizer, PLAIN.replace("assistant: ", "assistant:"), turns) == ["▁I", *"t▁is\n", "</s>"]
+    # nor is a last one that ends behind the answer
+    assert learned(pieces([("\n", "u")]), PLAIN, [*turns, TURNS[1]]) == [*"It▁is"]
+
+
+def test_a_sample_whose_answer_has_no_token_of_its_own_is_left_out(prepared, write, caplog):
+    tokenizer = pieces([("▁", "I"), ("\n", "u")])
+    tokenizer.chat_template = PLAIN
+    turns = [TURNS[1], {"role": "assistant", "content": "I"}, {"role": "user", "content": "u"}]
+    path = write("a.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
+    data = prepared(path, tokenizer=tokenizer, data_format="instruction", length=200)
+    assert [data.train.documents.source(i) for i in range(len(data.train))] == [f"{path}:2"]
+    assert f"{path}: 1 empty records are left out" in caplog.text
 
 
 # what follows goes through `prepare`

@@ -152,7 +152,7 @@ def test_equal_texts_stay_on_one_side(documents):
 def test_split_refusals(documents):
     two = documents([1, 2], [3, 4])
     assert len(split_documents(two, 0.0)[1]) == 0
-    with pytest.raises(ValueError, match="needs two different documents, but the data has 1"):
+    with pytest.raises(ValueError, match="needs two different documents, but the data has 1.*or heldout_windows: 0"):
         split_documents(documents([1, 2], [1, 2]), 0.1)
     with pytest.raises(ValueError, match=r"not in \[0, 1\)"):
         split_documents(two, 1.0)
@@ -193,3 +193,55 @@ def test_the_summary_counts_tokens(prepared, write):
 def test_options_that_are_none(prepared, options, message):
     with pytest.raises(ValueError, match=message):
         prepared("x.txt", **options)
+
+
+@pytest.mark.parametrize("packing", ["packed", "document"])
+def test_held_out_rows_are_the_same_for_every_seed_and_order_of_the_data(packing, prepared, write):
+    records = [{"text": f"text {i} {'x' * i}"} for i in range(30)]
+    options = {"packing": packing, "heldout_windows": 4, "heldout_fraction": 0.4}
+    a, b = (prepared(write("a.jsonl", records), seed=seed, **options) for seed in (0, 1))
+    other = prepared(write("b.jsonl", records[::-1]), seed=0, **options)
+    assert ids(a.heldout) == ids(b.heldout) == ids(other.heldout)
+    assert len(a.heldout.documents) > 6
+    assert ids(a.train) != ids(b.train)
+    assert a.fingerprint != b.fingerprint
+
+
+@pytest.mark.parametrize("change", [lambda t: t.replace("\n", "\r\n"), lambda t: t + "\n", lambda t: "  " + t])
+def test_a_held_out_text_with_other_white_space_is_found(change, prepared, write):
+    text = "some text\nin lines\n\nof words"
+    a = write("a.jsonl", [{"text": "other text"}, {"text": text}])
+    b = write("b.jsonl", [{"text": "third text"}, {"text": change(text)}])
+    with pytest.raises(ValueError, match=r"1 held-out documents .*a\.jsonl:2 and .*b\.jsonl:2; take them out"):
+        prepared(a, heldout_sources=[str(b)], heldout_windows=1)
+    c = write("c.jsonl", [{"text": "third text"}, {"text": change(text) + "."}])
+    assert len(prepared(a, heldout_sources=[str(c)], heldout_windows=1).heldout) == 1
+
+
+def test_what_belongs_together_stays_on_one_side(prepared, write, make_tokenizer):
+    """Texts with other white space; the samples of one conversation, and of others that begin as it does."""
+    twins = [{"text": f"{i} of{space}ten"} for space in (" ", "\n", "\t") for i in range(10)]
+    data = prepared(write("a.jsonl", twins), heldout_fraction=0.3, heldout_windows=1, length=2)
+    sides = [{side.documents.source(i) for i in range(len(side.documents))} for side in (data.train, data.heldout)]
+    numbers = [{int(source.rpartition(":")[2]) % 10 for source in side} for side in sides]
+    assert [len(side) for side in sides] == [3 * len(side) for side in numbers] == [21, 9]
+    rewriting = make_tokenizer(
+        "{% if messages | length > 2 %}again {% endif %}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    )
+    turn = lambda i: [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]  # noqa: E731
+    talks = [[*turn(first), *turn(second)] for first in range(8) for second in (10 * first, 10 * first + 1)]
+    path = write("b.jsonl", [{"messages": messages} for messages in talks])
+    data = prepared(path, tokenizer=rewriting, data_format="instruction", heldout_fraction=0.3, heldout_windows=1)
+    sides = [{int(side.documents.source(i).rpartition(":")[2]) for i in range(len(side.documents))}
+             for side in (data.train, data.heldout)]  # fmt: skip
+    assert not {(n - 1) // 2 for n in sides[0]} & {(n - 1) // 2 for n in sides[1]}
+    assert sorted([*sides[0], *sides[1]]) == list(range(1, 17))
+
+
+def test_copies_in_training_are_counted_and_stay(prepared, write, caplog):
+    path = write("a.jsonl", [{"text": text} for text in ("one text", "a copy", "a copy", "a copy", "one text")])
+    assert prepared(path).summary["documents"] == 5
+    assert "3 of 5 documents to train on are copies of others" in caplog.text
+    caplog.clear()
+    prepared(write("b.jsonl", [{"text": "one"}, {"text": "other text"}]))
+    assert not caplog.text

@@ -47,6 +47,19 @@ def test_columns_empty_records_and_the_number_of_documents(name, prepared, token
     assert [text for _, text in got] == ["one.", "two."]  # those kept are counted
 
 
+def test_endings_in_any_case(prepared, tokenizer, write, tmp_path):
+    write("d/a.JSONL", '{"text": "aaaa"}')
+    write("d/b.ndjson", '{"text": "bbbb"}\n{"text": "cccc"}')
+    write("d/c.JSON", '[{"text": "dddd"}]')
+    write("d/d.TXT", "eeee")
+    np.array([5, 6, 7, 8], dtype="<u2").tofile(tmp_path / "d/e.BIN")
+    d = tmp_path / "d"
+    got = texts(prepared, tokenizer, d, d / "c.JSON")
+    assert got[:4] == [(f"{d}/a.JSONL:1", "aaaa"), (f"{d}/b.ndjson:1", "bbbb"), (f"{d}/b.ndjson:2", "cccc"),
+                       (f"{d}/d.TXT", "eeee")]  # fmt: skip
+    assert got[4:] == [(f"{d}/e.BIN#0", tokenizer.decode([5, 6, 7, 8])), (f"{d}/c.JSON#0", "dddd")]
+
+
 def test_max_documents_is_of_each_entry_over_its_files(prepared, tokenizer, write, tmp_path):
     for name in "abc":
         write(f"d/{name}.txt", 4 * name)
@@ -68,6 +81,9 @@ def test_a_hub_data_set(prepared, tokenizer, write, tmp_path, monkeypatch):
         prepared(name, hub_split="test")
     with pytest.raises(ValueError, match="nobody/nothing could not be read .*check hub:org/name.*or download it"):
         prepared("hub:nobody/nothing")
+    write("script/script.py", "import datasets")
+    with pytest.raises(ValueError, match="script could not be read .*or download it and give its files"):
+        prepared(f"hub:{tmp_path / 'script'}")
     with pytest.raises(ValueError, match="streaming without max_documents would read without end"):
         prepared(name, streaming=True)
 
@@ -95,6 +111,21 @@ def test_token_files(prepared, tokenizer, tmp_path, vocab_size, dtype):
     assert whole.tokens(0).tolist() == [eos, 5, 6, eos, 7, eos, eos, 8]
 
 
+def test_token_files_of_the_other_width(prepared, tmp_path):
+    path = tmp_path / "x.bin"
+    ids = [5, 6, 7, 300, 4000]
+    for whole in (ids, [0, *ids, 0]):
+        np.array(whole, dtype="<u4").tofile(path)
+        with pytest.raises(ValueError, match=r"x\.bin is read as uint16, 2 bytes .*uint32, 4 bytes .*as uint16"):
+            prepared(path, vocab_size=49_152)
+        assert prepared(path, length=2, vocab_size=70_000).train.documents.tokens(0).tolist() == whole
+    np.array([5, 0, 6, 0, 7, 1], dtype="<u2").tofile(path)  # some text has zeros
+    assert prepared(path, length=2, vocab_size=49_152).train.documents.size.sum() == 6
+    np.array([*ids, 8], dtype="<u2").tofile(path)
+    with pytest.raises(ValueError, match=r"x\.bin#0 holds token .*, or as uint16, 2 bytes .* read as uint32, 4 bytes"):
+        prepared(path, vocab_size=70_000)
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -114,6 +145,9 @@ def test_token_files(prepared, tokenizer, tmp_path, vocab_size, dtype):
         ("a.json", b'{"text": "a"}', r"a\.json holds dict, but a \.json of data is a list of objects"),
         ("a.json", b"[]", "an empty list"),
         ("a.json", b'[{"text": "a"}, 3]', r"a\.json#1 is int, but every record is an object"),
+        ("a.csv", b"text\nabc", r"a\.csv is a table.*write its rows as \.jsonl"),
+        ("a.TSV", b"text\nabc", r"a\.TSV is a table.*write its rows as \.jsonl"),
+        ("a.NDJSON", b'{"text": 3}', r"a\.NDJSON:1 holds int under 'text'"),
         ("a.parquet", b"PAR1 and then nothing", "is no whole Parquet file"),
         ("a.bin", b"", "has 0 bytes"),
         ("a.bin", b"abc", "3 bytes, but token files of a vocabulary of 120 hold 2 bytes"),

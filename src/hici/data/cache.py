@@ -7,11 +7,14 @@ and two runs at once can only write the same thing. A file is safetensors, and h
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from hici.data.encoder import Encoder
-from hici.data.prompts import ANSWER, USER
-from hici.data.samples import Sample
+from hici.data.prompts import ANSWER, USER, Encoded
+from hici.data.samples import Sample, plain_digest
 from hici.data.sources import place
 from hici.files import atomic_file, check_writable
 
@@ -30,13 +33,15 @@ logger = logging.getLogger(__name__)
 UINT16_VOCABULARY = 65_535  # larger vocabularies need four bytes a token (published rule)
 _TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 _DIGEST = "sha256"
+BROKEN = (OSError, ValueError, LookupError, AttributeError, struct.error)  # what `map_file` may raise
+_OLD = 24 * 3600  # seconds after which a temporary file is one of a writer that was killed
 _PER_TOKEN = ("tokens", "kinds")  # stay on disk; everything else is read, some 100 bytes a document
 
 
 class Piece(NamedTuple):
-    """Documents that are tokenised together: file or data set, numbers of their records in it, and checked samples."""
+    """Checked samples that are tokenised together: file or data set of each one, and number of its record in it."""
 
-    label: str
+    labels: list[str]
     numbers: list[int]
     samples: list[Sample]
 
@@ -47,8 +52,9 @@ class Shard(NamedTuple):
     Attributes:
         path: of the file.
         starts: first token of each document, and behind the last: int64 [D + 1].
-        which: which of the piece's documents each one is: int64 [D].
+        which: which of the piece's samples each one is of: int64 [D].
         hashes: SHA-256 of each document's tokens as int64, of a sample's kinds too: uint8 [D, 32].
+        plain: SHA-256 of the document's text, or of the whole sample's, without white space: uint8 [D, 32].
         answers, user: answer tokens, and tokens that may be shortened, of each one: int64 [D].
         highest: highest token id of each one: int64 [D].
     """
@@ -57,6 +63,7 @@ class Shard(NamedTuple):
     starts: np.ndarray
     which: np.ndarray
     hashes: np.ndarray
+    plain: np.ndarray
     answers: np.ndarray
     user: np.ndarray
     highest: np.ndarray
@@ -81,6 +88,18 @@ class TokenCache:
             check_writable(self.directory)
         except ValueError as error:
             raise ValueError(f"no token cache: {error} (token_cache)") from error
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Delete what writers that were killed left half written more than a day ago."""
+        removed = 0
+        for path in self.directory.glob("??/.*.safetensors.*"):
+            with contextlib.suppress(OSError):  # another run removed it, or it is another user's
+                if time.time() - path.stat().st_mtime > _OLD:
+                    path.unlink()
+                    removed += 1
+        if removed:
+            logger.info("%d half-written files of killed runs are removed from %s", removed, self.directory)
 
     def path(self, piece: Piece) -> Path:
         """Where a piece's tokens lie, whether or not they are there."""
@@ -100,26 +119,29 @@ class TokenCache:
                 raise ValueError("its hash is another")
             index = {name: np.array(array) for name, array in arrays.items() if name not in _PER_TOKEN}
             return Shard(path, **index)
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except (*BROKEN, TypeError) as error:
             logger.warning("%s in the token cache is broken (%s); its documents are tokenised again", path.name, error)
             return None
 
 
-def tokenise(piece: Piece, encoder: Encoder, path: Path) -> None:
-    """Write the tokens of a piece; documents that give no token are not in the file.
+def tokenise(piece: Piece, encoder: Encoder, path: Path, advance: Callable[[int], None] = lambda letters: None) -> None:
+    """Write the tokens of a piece; documents without tokens, and samples without an answer's, are not in it.
+
+    `advance`: see `Encoder.encode`.
 
     Raises:
         ValueError: the file cannot be written; see `Encoder.encode`.
     """
-    places = [place(piece.label, number) for number in piece.numbers]
-    encoded = encoder.encode(list(zip(places, piece.samples, strict=True)))
-    which = [i for i, document in enumerate(encoded) if len(document.ids)]
-    ids = [encoded[i].ids for i in which]
-    kinds = [encoded[i].kinds for i in which]
+    places = [place(label, number) for label, number in zip(piece.labels, piece.numbers, strict=True)]
+    encoded = encoder.encode(list(zip(places, piece.samples, strict=True)), advance)
+    found = [(i, document) for i, documents in enumerate(encoded) for document in documents if _teaches(document)]
+    ids = [document.ids for _, document in found]
+    kinds = [document.kinds for _, document in found]
     hashes = b"".join(
         hashlib.sha256(row.astype("<i8").tobytes() + kind.tobytes()).digest()
         for row, kind in zip(ids, kinds, strict=True)
     )
+    plain = [plain_digest(sample) for sample in piece.samples]
     highest = np.array([row.max() for row in ids], dtype=np.int64)
     small = max(len(encoder.tokenizer), int(highest.max(initial=0)) + 1) <= UINT16_VOCABULARY
     joined = np.concatenate([np.zeros(0, dtype=np.int64), *ids])
@@ -127,8 +149,9 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path) -> None:
         "tokens": joined.astype(np.uint16 if small else np.uint32),
         "kinds": np.concatenate([np.zeros(0, dtype=np.uint8), *kinds]),
         "starts": np.cumsum([0, *map(len, ids)], dtype=np.int64),
-        "which": np.array(which, dtype=np.int64),
+        "which": np.array([i for i, _ in found], dtype=np.int64),
         "hashes": np.frombuffer(hashes, dtype=np.uint8).reshape(-1, 32),
+        "plain": np.frombuffer(b"".join(plain[i] for i, _ in found), dtype=np.uint8).reshape(-1, 32),
         "answers": np.array([(row == ANSWER).sum() for row in kinds], dtype=np.int64),
         "user": np.array([(row == USER).sum() for row in kinds], dtype=np.int64),
         "highest": highest,
@@ -143,8 +166,12 @@ def tokenise(piece: Piece, encoder: Encoder, path: Path) -> None:
         ) from error
 
 
+def _teaches(document: Encoded) -> bool:
+    return bool((document.kinds == ANSWER).any()) if len(document.kinds) else len(document.ids) > 0
+
+
 def map_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """Arrays of a file, memory-mapped, and the hash that it claims. Raises ValueError or KeyError when it is broken."""
+    """Arrays of a file, views of one memory map, and the hash that it claims. Raises one of `BROKEN`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -155,11 +182,11 @@ def map_file(path: Path) -> tuple[dict[str, np.ndarray], str]:
     begin = 8 + length
     if size != begin + max(entry["data_offsets"][1] for entry in header.values()):
         raise ValueError(f"it has {size} bytes, others than its header says")
+    raw = np.memmap(path, np.uint8, "r")  # one for all arrays: each map holds an open file
     arrays: dict[str, np.ndarray] = {}
     for name, entry in header.items():
-        start, dtype, shape = begin + entry["data_offsets"][0], _TYPES[entry["dtype"]], tuple(entry["shape"])
-        # an empty array cannot be mapped
-        arrays[name] = np.memmap(path, dtype, "r", start, shape) if 0 not in shape else np.zeros(shape, dtype)
+        start, stop = entry["data_offsets"]
+        arrays[name] = raw[begin + start : begin + stop].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays, digest
 
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hici.data.cache import UINT16_VOCABULARY, map_file
-from hici.data.sources import place
+from hici.data.cache import BROKEN, UINT16_VOCABULARY, map_file
+from hici.data.sources import is_token_file, place
 from hici.data.tokenising import Tokenised
 
 logger = logging.getLogger(__name__)
 
-_OPEN_FILES = 256  # mapped at a time; a process may map some ten thousand
+_OPEN_FILES = 64  # mapped at a time, each an open file: a process may have 1,024, or fewer, for everything
 _BLOCK = 2**22  # tokens of a .bin looked at a time
 
 
@@ -44,31 +44,43 @@ class Store:
 
     def __init__(self, places: list[Place]) -> None:
         self.places = places
-        self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[Path, dict[str, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         return {"places": self.places, "_open": OrderedDict()}
 
     def arrays(self, number: int) -> dict[str, np.ndarray]:
-        """`tokens`, and in the cache `kinds`, of a file."""
-        if number not in self._open:
-            path, dtype, _ = self.places[number]
-            self._open[number] = map_file(path)[0] if dtype is None else {"tokens": np.memmap(path, dtype, "r")}
-            if len(self._open) > _OPEN_FILES:
+        """`tokens`, and in the cache `kinds`, of a file.
+
+        Raises:
+            ValueError: it is gone, or another one than it was.
+        """
+        path, dtype, _ = self.places[number]
+        if path not in self._open:
+            while len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
+            try:
+                self._open[path] = map_file(path)[0] if dtype is None else {"tokens": np.memmap(path, dtype, "r")}
+            except BROKEN as error:
+                what = "of the token cache " if dtype is None else ""
+                raise ValueError(
+                    f"{path} {what}cannot be read any more ({error}); leave the data and the token cache as they are "
+                    "while a run reads them, and start again: what is missing in the cache is made anew"
+                ) from error
+        self._open.move_to_end(path)
+        return self._open[path]
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """A table of D documents, in order. All arrays are [D] and int64 but `hashes`.
+    """A table of D documents, in order. All arrays are [D] and int64 but `hashes` and `plain`.
 
     Attributes:
         store: their tokens.
         file, start, size: file in the store, first token in it, and number of tokens (without EOS).
         number: of the record in its file or data set.
         hashes: SHA-256 of the tokens as int64, of a sample's kinds too: uint8 [D, 32].
+        plain: SHA-256 of the text (of a whole sample) without white space: uint8 [D, 32]; of a .bin, `hashes`.
         answers, user: instruction samples: tokens of answers, and of the user's message that may be shortened.
         highest: the highest token id.
     """
@@ -79,6 +91,7 @@ class Documents:
     size: np.ndarray
     number: np.ndarray
     hashes: np.ndarray
+    plain: np.ndarray
     answers: np.ndarray
     user: np.ndarray
     highest: np.ndarray
@@ -119,16 +132,15 @@ def table(parts: Iterable[Tokenised | TokenFile]) -> Documents:
     for part in parts:
         if isinstance(part, TokenFile):
             places.append(Place(part.path, part.dtype, str(part.path)))
-            columns.append(_of_token_file(part))
+            columns.append({"file": np.full(len(part.starts), len(places) - 1), **_of_token_file(part)})
         else:
             shard = part.shard
-            places.append(Place(shard.path, None, part.label))
             columns.append({
-                "start": shard.starts[:-1], "size": np.diff(shard.starts), "number": part.numbers,
-                "hashes": shard.hashes, "answers": shard.answers, "user": shard.user,
-                "highest": shard.highest,
+                "file": len(places) + part.label, "start": shard.starts[:-1], "size": np.diff(shard.starts),
+                "number": part.numbers, "hashes": shard.hashes, "plain": shard.plain, "answers": shard.answers,
+                "user": shard.user, "highest": shard.highest,
             })  # fmt: skip
-        columns[-1]["file"] = np.full(len(columns[-1]["size"]), len(places) - 1, dtype=np.int64)
+            places += [Place(shard.path, None, label) for label in part.labels]
     names = [f.name for f in dataclasses.fields(Documents) if f.name != "store"]
     return Documents(Store(places), **{name: np.concatenate([column[name] for column in columns]) for name in names})
 
@@ -143,14 +155,15 @@ def _of_token_file(part: TokenFile) -> dict[str, np.ndarray]:
         highest[i] = document.max()
     none = np.zeros(len(part.starts), dtype=np.int64)
     return {"start": part.starts, "size": part.sizes, "number": np.arange(len(part.starts)), "hashes": hashes,
-            "answers": none, "user": none, "highest": highest}  # fmt: skip
+            "plain": hashes, "answers": none, "user": none, "highest": highest}  # fmt: skip
 
 
 def map_token_file(path: Path, vocab_size: int) -> np.memmap:
     """A token file (.bin) as it is: uint16, or uint32 above 65,535 entries of vocabulary, memory-mapped.
 
     Raises:
-        ValueError: the file is empty or no multiple of a token.
+        ValueError: the file is empty, no multiple of a token, or of uint32 where uint16 is read (each other one is
+            0, as in no text).
     """
     dtype = np.dtype("<u2") if vocab_size <= UINT16_VOCABULARY else np.dtype("<u4")
     size = path.stat().st_size
@@ -159,7 +172,21 @@ def map_token_file(path: Path, vocab_size: int) -> np.memmap:
             f"{path} has {size} bytes, but token files of a vocabulary of {vocab_size} hold {dtype.itemsize} bytes a "
             "token and at least one token; write it again"
         )
-    return np.memmap(path, dtype, "r")
+    tokens = np.memmap(path, dtype, "r")
+    if dtype.itemsize == 2 and len(tokens) % 2 == 0 and _halves_of_uint32(tokens):
+        raise ValueError(
+            f"{path} is read as uint16, 2 bytes a token, since the vocabulary has {vocab_size} entries, but each other "
+            "token of it is 0, as in a file of uint32, 4 bytes a token; write it again as uint16"
+        )
+    return tokens
+
+
+def _halves_of_uint32(tokens: np.ndarray) -> bool:
+    """Whether every second token is 0, and not all are."""
+    starts = range(0, len(tokens), _BLOCK)
+    if any(tokens[begin + 1 : begin + _BLOCK : 2].any() for begin in starts):
+        return False
+    return any(tokens[begin : begin + _BLOCK : 2].any() for begin in starts)
 
 
 def token_file(path: Path, vocab_size: int, eos_token_id: int | None, limit: int | None = None) -> TokenFile:
@@ -192,7 +219,9 @@ def check_vocabulary(documents: Documents, vocab_size: int) -> None:
 def check_id(source: str, highest: int, vocab_size: int) -> None:
     """Raise ValueError unless `source`'s highest token id is in the model's vocabulary."""
     if highest >= vocab_size:
+        wide = is_token_file(source) and vocab_size > UINT16_VOCABULARY
         raise ValueError(
             f"{source} holds token {highest}, but the model's vocabulary has {vocab_size} entries "
             f"(0..{vocab_size - 1}); it was made with another tokenizer"
+            + (", or as uint16, 2 bytes a token, and is read as uint32, 4 bytes a token" if wide else "")
         )

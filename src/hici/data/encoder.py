@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from hici.data.prompts import TEMPLATES, Encoded, check_prompt, encode_sample
-from hici.data.samples import INSTRUCTION, Sample, sample_of, text_of
+from hici.data.samples import INSTRUCTION, Sample, letters, sample_of, text_of
 from hici.data.sources import Record
+from hici.data.stretches import is_long, long_text_ids
 
 TEXT = "text"
 FORMATS = (TEXT, INSTRUCTION)
-_VERSION = 1  # of the tokens that this package makes of the same input; counts in every fingerprint
+_VERSION = 2  # of the tokens that this package makes of the same input; counts in every fingerprint
 
 
 class Encoder:
@@ -55,13 +57,38 @@ class Encoder:
             return sample_of(record)
         return text_of(record, self.text_key) or None
 
-    def encode(self, samples: list[tuple[str, Sample]]) -> list[Encoded]:
-        """Tokens of (place, checked sample) pairs; a text has no special tokens and no kinds (an empty array)."""
+    def encode(
+        self, samples: list[tuple[str, Sample]], advance: Callable[[int], None] = lambda letters: None
+    ) -> list[list[Encoded]]:
+        """Tokens of (place, checked sample) pairs: one document of each, or some, see `hici.data.prompts`.
+
+        A text has no special tokens, whatever is written in it, and no kinds (an empty array). `advance` is told of
+        the letters done.
+        """
         if self.data_format == INSTRUCTION:
-            return [encode_sample(dict(sample), self.tokenizer, self.prompt, place) for place, sample in samples]  # type: ignore[arg-type]
+            found = [encode_sample(dict(sample), self.tokenizer, self.prompt, place) for place, sample in samples]  # type: ignore[arg-type]
+            advance(sum(letters(sample) for _, sample in samples))
+            return found
+        ids = self._text_ids([str(text) for _, text in samples], advance)
+        return [[Encoded(row, np.zeros(0, dtype=np.uint8))] for row in ids]
+
+    def _text_ids(self, texts: list[str], advance: Callable[[int], None]) -> list[np.ndarray]:
+        """Tokens of texts, long ones a stretch at a time: int64 [t] each."""
+        fast = getattr(self.tokenizer, "is_fast", False)  # only these say where their tokens stand
+        long = [fast and is_long(text) for text in texts]
+        short = [text for text, is_one in zip(texts, long, strict=True) if not is_one]
+        rows = iter(self._whole_ids(short) if short else [])
+        advance(sum(map(len, short)))
+        return [
+            long_text_ids(text, self.tokenizer, advance) if is_one else np.asarray(next(rows), dtype=np.int64)
+            for text, is_one in zip(texts, long, strict=True)
+        ]
+
+    def _whole_ids(self, texts: list[str]) -> list[list[int]]:
+        # split: what looks like a special token in a text is letters
         # verbose=False: a document may be longer than the tokenizer's idea of the model's context; it is packed later
-        ids = self.tokenizer([text for _, text in samples], add_special_tokens=False, verbose=False)["input_ids"]
-        return [Encoded(np.asarray(row, dtype=np.int64), np.zeros(0, dtype=np.uint8)) for row in ids]
+        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return list(encoded["input_ids"])
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer, the format and the prompt: equal where the same input gives the same tokens."""

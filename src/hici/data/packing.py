@@ -28,6 +28,8 @@ IGNORE = -100  # a label without a loss; torch's own default
 class Rows(Dataset[dict[str, Tensor]]):
     """Rows of at most `length` tokens over documents, in an order that the seed fixes; the first `limit` of them.
 
+    Without a seed, the order is of the documents' hashes: the same for every run on the same documents.
+
     Attributes:
         available: rows without the limit.
         left_out: tokens of the documents (and EOS behind them) that are in none of these.
@@ -36,11 +38,14 @@ class Rows(Dataset[dict[str, Tensor]]):
     available: int
     left_out: int
 
-    def __init__(self, documents: Documents, length: int, seed: int, limit: int | None = None) -> None:
+    def __init__(self, documents: Documents, length: int, seed: int | None, limit: int | None = None) -> None:
         self.documents = documents
         self.length = length
         self.limit = limit
-        self.order = np.random.default_rng(seed).permutation(len(documents))
+        if seed is None:
+            self.order = np.lexsort(documents.hashes.T[::-1])
+        else:
+            self.order = np.random.default_rng(seed).permutation(len(documents))
 
     def __len__(self) -> int:
         return self.available if self.limit is None else min(self.limit, self.available)
@@ -73,7 +78,7 @@ class PackedRows(Rows):
     """
 
     def __init__(
-        self, documents: Documents, length: int, seed: int, eos_token_id: int | None, limit: int | None = None
+        self, documents: Documents, length: int, seed: int | None, eos_token_id: int | None, limit: int | None = None
     ) -> None:
         super().__init__(documents, length, seed, limit)
         self.eos = [] if eos_token_id is None else [eos_token_id]
@@ -111,7 +116,7 @@ class DocumentRows(Rows):
     """
 
     def __init__(
-        self, documents: Documents, length: int, seed: int, eos_token_id: int | None, limit: int | None = None
+        self, documents: Documents, length: int, seed: int | None, eos_token_id: int | None, limit: int | None = None
     ) -> None:
         super().__init__(documents, length, seed, limit)
         self.eos = [] if eos_token_id is None else [eos_token_id]
@@ -138,7 +143,7 @@ class DocumentRows(Rows):
 class SampleRows(Rows):
     """Each instruction sample is a row, with loss on its answers; longer ones lose the middle of the user's message."""
 
-    def __init__(self, documents: Documents, length: int, seed: int, limit: int | None = None) -> None:
+    def __init__(self, documents: Documents, length: int, seed: int | None, limit: int | None = None) -> None:
         super().__init__(documents, length, seed, limit)
         self.available = len(documents)
         self.left_out = int(np.maximum(documents.size - length, 0).sum())
@@ -216,7 +221,7 @@ def _encoded(label: str, records: Iterator[Record], encoder: Encoder) -> list[np
     documents = []
     for piece in pieces:
         samples = [(place(label, number), sample) for number, sample in zip(piece.numbers, piece.samples, strict=True)]
-        documents += [encoded.ids for encoded in encoder.encode(samples)]
+        documents += [encoded.ids for found in encoder.encode(samples) for encoded in found]
     found = [document for document in documents if len(document)]
-    refuse_empty(label, len(found), pieces.empty + len(documents) - len(found))
+    refuse_empty(label, len(found), pieces.empty[label] + len(documents) - len(found))
     return found

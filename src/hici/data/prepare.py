@@ -33,14 +33,14 @@ class DataOptions:
     Attributes:
         sources: files, globs, folders, `hub:org/name`.
         length: tokens of a sequence.
-        seed: of the order.
+        seed: of the order of training.
         data_format: "text", or "instruction" (loss on answers; each sample is a row whatever `packing` says).
         text_key: the text's column.
         packing: "packed" (whole sequences, EOS between documents) or "document" (each one rows of its own).
         prompt: of instruction data: "auto", "alpaca", "llama2", "chat".
         overlong: samples longer than `length`: "skip", "shorten" or "error".
         heldout_sources: held-out data; None: `heldout_fraction` of `sources`.
-        heldout_windows: held-out rows; 0: none, and nothing is held out of `sources`.
+        heldout_windows: held-out rows, the same for every seed; 0: none, and nothing is held out of `sources`.
         hub_split, hub_config, streaming: of hub data sets.
         max_documents: of each source, the first ones with something to learn.
         token_cache: directory; None: `hici.data.cache.default_cache`.
@@ -130,7 +130,10 @@ def prepare(options: DataOptions, tokenizer: Any, *, vocab_size: int, progress: 
         fraction = options.heldout_fraction if options.heldout_windows else 0.0
         training, heldout = split_documents(fitted[0].documents, fraction)
     eos = tokenizer.eos_token_id
-    train = _rows(training, options, eos, "the data")
+    train = _rows(training, options, eos, "the data", options.seed)
+    copies = len(training) - len(np.unique(training.hashes, axis=0))
+    if copies:
+        logger.warning("%d of %d documents to train on are copies of others; they stay", copies, len(training))
     longest = int(training.size.max())
     if not isinstance(train, PackedRows) and longest < options.length:
         logger.warning(
@@ -138,7 +141,7 @@ def prepare(options: DataOptions, tokenizer: Any, *, vocab_size: int, progress: 
             "give longer documents, a shorter context_length, or for text packing: packed", options.length, longest,
         )  # fmt: skip
     what = f"the held-out part (heldout_fraction {options.heldout_fraction}, heldout_data or heldout_windows 0 help)"
-    held = _rows(heldout, options, eos, what, limit=options.heldout_windows)
+    held = _rows(heldout, options, eos, what, None, limit=options.heldout_windows)  # whatever the seed
     fingerprint = _fingerprint(options, eos, training, heldout)
     return PreparedData(train, held, _summary(options, train, held, fitted, fingerprint), fingerprint)
 
@@ -167,9 +170,11 @@ def _fit(documents: Documents, options: DataOptions) -> _Fitted:
     return counts
 
 
-def _rows(documents: Documents, options: DataOptions, eos: int | None, what: str, limit: int | None = None) -> Rows:
+def _rows(
+    documents: Documents, options: DataOptions, eos: int | None, what: str, seed: int | None, limit: int | None = None
+) -> Rows:
     """Rows of one side, the first `limit` of them. Raises ValueError when there is none, but one is wanted."""
-    length, seed = options.length, options.seed
+    length = options.length
     rows: Rows
     if options.data_format == INSTRUCTION:
         rows = SampleRows(documents, length, seed, limit)

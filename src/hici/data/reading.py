@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from hici.data.cache import TokenCache
 from hici.data.documents import Documents, TokenFile, check_vocabulary, table, token_file
 from hici.data.encoder import TEXT, Encoder
-from hici.data.sources import HubOptions, Source, record_sets
+from hici.data.sources import HubOptions, Record, Source, record_sets
 from hici.data.tokenising import Advance, Pieces, Tokenised, Tokeniser, refuse_empty
+
+logger = logging.getLogger(__name__)
+
+
+_Set = tuple[str, Iterator[Record] | None]  # of `record_sets`
 
 
 class _Planned(NamedTuple):
-    """A file or data set whose pieces were given to the tokeniser: how many, of how many records, and empty ones."""
+    """Files or a data set whose pieces were given to the tokeniser: how many; records of each label, and empty ones."""
 
-    label: str
+    labels: list[str]
     pieces: int
-    records: int
-    empty: int
+    records: Counter[str]
+    empty: Counter[str]
 
 
 class Reader:
@@ -70,24 +80,44 @@ class Reader:
 
     def _add(self, source: Source, tokeniser: Tokeniser) -> Iterator[_Planned | TokenFile]:
         left = self.max_documents
-        for label, records in record_sets(source, self.hub):
-            if left == 0:
-                return
-            if records is None:
-                part = self._token_file(label, left)
-                kept = len(part.starts)
-                yield part
+        sets = record_sets(source, self.hub)
+        for tokens, group in itertools.groupby(sets, key=lambda item: item[1] is None):
+            parts: list[_Planned | TokenFile]
+            if tokens:  # noqa: SIM108 (it would look as if `group` were read twice)
+                parts = list(self._token_files(group, left))
             else:
-                pieces = Pieces(records, self.encoder, left)
-                count = 0
-                for piece in pieces:
-                    tokeniser.add(piece)
-                    count += 1
-                kept = pieces.kept
-                if not kept:
-                    refuse_empty(label, 0, pieces.empty)
-                yield _Planned(label, count, kept, pieces.empty)
-            left = None if left is None else left - kept
+                parts = [self._plan(group, left, tokeniser)]
+            yield from parts
+            if left is not None:
+                left -= sum(len(p.starts) if isinstance(p, TokenFile) else p.records.total() for p in parts)
+                if left == 0:  # before the next file is read
+                    return
+
+    def _token_files(self, sets: Iterator[_Set], limit: int | None) -> Iterator[TokenFile]:
+        for label, _ in sets:
+            part = self._token_file(label, limit)
+            yield part
+            limit = None if limit is None else limit - len(part.starts)
+            if limit == 0:
+                return
+
+    def _plan(self, sets: Iterator[_Set], limit: int | None, tokeniser: Tokeniser) -> _Planned:
+        """Give the pieces of files in a row, or of a data set, to the tokeniser."""
+        labels: list[str] = []
+
+        def records() -> Iterator[Record]:
+            for label, found in sets:
+                labels.append(label)
+                yield from found or ()
+                if not pieces.kept[label]:
+                    refuse_empty(label, 0, pieces.empty[label])
+
+        pieces = Pieces(records(), self.encoder, limit)
+        count = 0
+        for piece in pieces:
+            tokeniser.add(piece)
+            count += 1
+        return _Planned(labels, count, pieces.kept, pieces.empty)
 
     def _token_file(self, label: str, limit: int | None) -> TokenFile:
         if self.encoder.data_format != TEXT:
@@ -105,8 +135,21 @@ def _parts(plan: list[_Planned | TokenFile], done: Iterator[Tokenised]) -> Itera
             yield part
             continue
         found = [next(done) for _ in range(part.pieces)]
-        kept = sum(len(piece.numbers) for piece in found)
-        refuse_empty(part.label, kept, part.empty + part.records - kept)
+        kept: Counter[str] = Counter()
+        samples: Counter[str] = Counter()
+        for piece in found:
+            # samples of one record follow each other
+            first = np.diff(piece.label, prepend=-1).astype(bool) | np.diff(piece.numbers, prepend=-2).astype(bool)
+            size = len(piece.labels)
+            kept.update(dict(zip(piece.labels, np.bincount(piece.label[first], minlength=size).tolist(), strict=True)))
+            samples.update(dict(zip(piece.labels, np.bincount(piece.label, minlength=size).tolist(), strict=True)))
+        for label in part.labels:
+            refuse_empty(label, kept[label], part.empty[label] + part.records[label] - kept[label])
+            if samples[label] > kept[label]:
+                logger.warning(
+                    "%s: the chat template rewrites earlier turns, so %d conversations became %d samples, one of each "
+                    "answer (docs/data.md)", label, kept[label], samples[label],
+                )  # fmt: skip
         yield from found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 from hici.data.sources import Record
@@ -11,7 +13,34 @@ INSTRUCTION = "instruction"
 MESSAGES = "messages"
 ROLES = ("system", "user", "assistant")
 
+_BLOCK = 2**20  # letters of a text looked at a time: words of a long one need much memory
+
 Sample = str | dict[str, Any]  # a document's text, or the checked columns of an instruction sample
+
+
+def letters(sample: Any) -> int:
+    """Letters of everything in a sample or in a list of samples."""
+    if isinstance(sample, str):
+        return len(sample)
+    return sum(letters(value) for value in (sample.values() if isinstance(sample, dict) else sample))
+
+
+def plain_digest(sample: Any) -> bytes:
+    """SHA-256 of everything in a sample without its white space."""
+    digest = hashlib.sha256()
+    for text in _texts(sample):
+        for begin in range(0, len(text), _BLOCK):
+            digest.update("".join(text[begin : begin + _BLOCK].split()).encode())
+        digest.update(b"\n")
+    return digest.digest()
+
+
+def _texts(sample: Any) -> Iterator[str]:
+    if isinstance(sample, str):
+        yield sample
+        return
+    for value in [sample[key] for key in sorted(sample)] if isinstance(sample, dict) else sample:
+        yield from _texts(value)
 
 
 def text_of(record: Record, key: str) -> str:

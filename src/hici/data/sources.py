@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".text")
-RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+RECORD_SUFFIXES = (*LINES_SUFFIXES, ".json", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv")  # refused: their first line and quotes are no text
 TOKEN_SUFFIX = ".bin"
 HUB = "hub:"
-_FOLDER_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet", TOKEN_SUFFIX)  # a .json beside data is mostly no data
+_FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *LINES_SUFFIXES, ".parquet", TOKEN_SUFFIX)  # a .json beside data is mostly no data
 _BATCH = 64  # rows read at a time: one of a long-context set may hold a book
 
 
@@ -56,7 +58,12 @@ class Record(NamedTuple):
 
 def place(label: str, number: int) -> str:
     """The name of one document: `a.txt`, `a.jsonl:12` (a line, from 1) or `a.parquet#12` (from 0)."""
-    return label if number < 0 else f"{label}{':' if label.endswith('.jsonl') else '#'}{number}"
+    return label if number < 0 else f"{label}{':' if label.lower().endswith(LINES_SUFFIXES) else '#'}{number}"
+
+
+def is_token_file(source: str | Path) -> bool:
+    """Whether a file, or a document named after one (`a.bin#3`), is of tokens."""
+    return str(source).rpartition("#")[0].lower().endswith(TOKEN_SUFFIX) or str(source).lower().endswith(TOKEN_SUFFIX)
 
 
 def resolve(sources: str | Path | Sequence[str | Path]) -> list[Source]:
@@ -87,7 +94,7 @@ def resolve(sources: str | Path | Sequence[str | Path]) -> list[Source]:
 def _expand(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in _FOLDER_SUFFIXES and p.is_file())
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _FOLDER_SUFFIXES and p.is_file())
         if not found:
             raise ValueError(f"{name} is a folder without {', '.join(_FOLDER_SUFFIXES)} files")
         return found
@@ -104,21 +111,27 @@ def record_sets(source: Source, options: HubOptions) -> Iterator[tuple[str, Iter
     if source.hub is not None:
         yield source.name, hub_records(source.hub, options)
     for path in source.files:
-        yield str(path), None if path.suffix == TOKEN_SUFFIX else file_records(path)
+        yield str(path), None if is_token_file(path) else file_records(path)
 
 
 def file_records(path: Path) -> Iterator[Record]:
-    """Records of one file, by its ending; anything but .jsonl, .json and .parquet is one UTF-8 text.
+    """Records of one file, by its ending in any case; what is no .jsonl, .ndjson, .json or .parquet is one UTF-8 text.
 
     Raises:
-        ValueError: an empty, binary or broken file; one that is not UTF-8; a line or item that is no object.
+        ValueError: a table (.csv, .tsv); an empty, binary or broken file; not UTF-8; a record that is no object.
     """
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix in LINES_SUFFIXES:
         return _jsonl(path)
-    if path.suffix == ".json":
+    if suffix == ".json":
         return _json(path)
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         return _parquet(path)
+    if suffix in TABLE_SUFFIXES:
+        raise ValueError(
+            f"{path} is a table, and its lines are no text; write its rows as .jsonl or .parquet (with pandas: "
+            "read_csv, then to_parquet)"
+        )
     return iter([Record(str(path), -1, read_text(path))])
 
 
@@ -202,7 +215,8 @@ def hub_records(name: str, options: HubOptions) -> Iterator[Record]:
     """Rows of a data set of the hub, or of a folder that `datasets` can load.
 
     Raises:
-        ValueError: `datasets` is not installed; no such data set, configuration or split; no way to the hub.
+        ValueError: `datasets` is not installed; no such data set, configuration or split; no way to the hub; one that
+            is a script.
     """
     datasets = _optional("datasets", f"reading {HUB}{name}")
     place = str(Path(name).expanduser()) if name.startswith("~") else name
@@ -210,7 +224,8 @@ def hub_records(name: str, options: HubOptions) -> Iterator[Record]:
         rows = datasets.load_dataset(place, options.config, split=options.split, streaming=options.streaming)
         for number, row in enumerate(rows):
             yield Record(f"{HUB}{name}", number, row)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # OSError: no connection, none there
+    # OSError: no connection, none there; RuntimeError: a data set that is a script
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"the data set {name} could not be read ({_one_line(error)}); check hub:org/name, hub_config "
             f"({options.config}), hub_split ({options.split}) and the connection, or download it and give its files"

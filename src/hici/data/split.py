@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 def split_documents(documents: Documents, fraction: float) -> tuple[Documents, Documents]:
     """(training, held out): whole documents, chosen by a hash of their tokens.
 
-    The same documents give the same split in any order, and the same text is never on both sides. (Other documents
+    The same documents give the same split in any order, and the same text is never on both sides, nor one with other
+    white space, nor another sample of the same conversation. (Other documents
     can give another split: hold out files of their own to compare runs on different data.) `fraction` is of tokens
     and approximate: documents are taken in the order of their hash, without those that would overshoot twice; a share
     that is far from it is logged.
@@ -26,13 +27,11 @@ def split_documents(documents: Documents, fraction: float) -> tuple[Documents, D
         raise ValueError(f"held-out fraction {fraction} is not in [0, 1); give for example 0.05")
     if fraction == 0:
         return documents, documents.select(np.zeros(0, dtype=np.int64))
-    by_content: dict[bytes, list[int]] = {}
-    for i in range(len(documents)):
-        by_content.setdefault(documents.digest(i), []).append(i)
+    by_content = _by_content(documents)
     if len(by_content) < 2:
         raise ValueError(
             f"a held-out split by document needs two different documents, but the data has {len(by_content)}; give "
-            "more files, a separate held-out set, or heldout_fraction=0"
+            "more files, heldout_data of its own, or heldout_windows: 0"
         )
     wanted = fraction * int(documents.size.sum())
     sizes = {key: sum(int(documents.size[i]) for i in by_content[key]) for key in sorted(by_content)}
@@ -55,14 +54,38 @@ def split_documents(documents: Documents, fraction: float) -> tuple[Documents, D
     return documents.select(np.array(train)), documents.select(np.array(heldout))
 
 
+def _by_content(documents: Documents) -> dict[bytes, list[int]]:
+    """Documents that stay together, under the lowest hash of their tokens: those of equal tokens or `plain`."""
+    leader: dict[bytes, bytes] = {}  # of each key: another one of its group, or itself
+
+    def lead(key: bytes) -> bytes:
+        while leader.setdefault(key, key) != key:
+            leader[key] = leader[leader[key]]  # half the way for the next time
+            key = leader[key]
+        return key
+
+    hashes, plain = _rows(documents.hashes), _rows(documents.plain)
+    for own, other in zip(hashes, plain, strict=True):
+        leader[lead(own)] = lead(other)
+    groups: dict[bytes, list[int]] = {}
+    for i, key in enumerate(hashes):
+        groups.setdefault(lead(key), []).append(i)
+    return {min(hashes[i] for i in group): group for group in groups.values()}
+
+
+def _rows(hashes: np.ndarray) -> list[bytes]:
+    return [row.tobytes() for row in hashes]
+
+
 def refuse_overlap(training: Documents, heldout: Documents) -> None:
     """Raise ValueError for a document on both sides: its held-out loss would be one of training."""
-    trained = {training.digest(i): i for i in range(len(training))}
-    both = [i for i in range(len(heldout)) if heldout.digest(i) in trained]
+    trained = {key: i for hashes in (training.hashes, training.plain) for i, key in enumerate(_rows(hashes))}
+    pairs = zip(_rows(heldout.hashes), _rows(heldout.plain), strict=True)
+    both = [(i, keys[0] if keys[0] in trained else keys[1]) for i, keys in enumerate(pairs) if trained.keys() & keys]
     if both:
-        first = both[0]
+        first, key = both[0]
         raise ValueError(
-            f"{len(both)} held-out documents are in the training data too, the first one as "
-            f"{training.source(trained[heldout.digest(first)])} and {heldout.source(first)}; take them out of data or "
+            f"{len(both)} held-out documents are in the training data too (but for white space), the "
+            f"first one as {training.source(trained[key])} and {heldout.source(first)}; take them out of data or "
             "of heldout_data"
         )

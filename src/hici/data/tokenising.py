@@ -8,69 +8,90 @@ import multiprocessing
 import os
 import pickle
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from hici.data.cache import Piece, Shard, TokenCache, tokenise
 from hici.data.encoder import Encoder
+from hici.data.samples import letters, plain_digest
 from hici.data.sources import Record
 
 logger = logging.getLogger(__name__)
 
 PIECE_LETTERS = 2**22  # of text that are tokenised together: about 1M tokens, some seconds of work
+_SMALL = 64  # part of a piece after which it ends with a file, so that a change in one leaves the pieces of others
 
 Advance = Callable[[int], None]  # letters done
 
 
 class Tokenised(NamedTuple):
-    """A file of the cache, and the numbers of its documents' records in the file or data set that they are from."""
+    """A file of the cache, and where its D documents are from.
 
-    label: str
+    Attributes:
+        labels: files or data sets.
+        label: number of each document's label: int64 [D].
+        numbers: of each document's record in its file or data set: int64 [D].
+        shard: what is known of the documents.
+    """
+
+    labels: list[str]
+    label: np.ndarray
     numbers: np.ndarray
     shard: Shard
 
 
 class Pieces:
-    """Records of one file or data set with something to learn, in pieces. A record is never split.
+    """Records of files or of a data set with something to learn, in pieces. A record is never split.
+
+    Small files share a piece. Where it ends is decided by what is in it, so the same files give the same pieces, and
+    behind a file that changed the old ones are soon found again.
 
     Attributes:
-        kept: records in the pieces given so far.
-        empty: records without anything to learn, left out.
+        kept: records of each label in the pieces given so far.
+        empty: records of each label without anything to learn, left out.
     """
 
     def __init__(self, records: Iterable[Record], encoder: Encoder, limit: int | None = None) -> None:
         self.records = records
         self.encoder = encoder
         self.limit = limit
-        self.kept = 0
-        self.empty = 0
+        self.kept: Counter[str] = Counter()
+        self.empty: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Piece]:
-        piece, letters = Piece("", [], []), 0
+        piece, size, left = Piece([], [], []), 0, self.limit
         for record in self.records:
             sample = self.encoder.check(record)
             if sample is None:
-                self.empty += 1
+                self.empty[record.label] += 1
                 continue
-            if not piece.samples:
-                piece = Piece(record.label, [], [])
+            if piece.samples and piece.labels[-1] != record.label and _ends(piece, size):
+                yield piece
+                piece, size = Piece([], [], []), 0
+            piece.labels.append(record.label)
             piece.numbers.append(record.number)
             piece.samples.append(sample)
-            self.kept += 1
-            letters += _letters(sample)
-            if letters >= PIECE_LETTERS:
+            self.kept[record.label] += 1
+            left = None if left is None else left - 1
+            size += letters(sample)
+            if size >= PIECE_LETTERS:
                 yield piece
-                piece, letters = Piece("", [], []), 0
-            if self.kept == self.limit:
+                piece, size = Piece([], [], []), 0
+            if left == 0:
                 break
         if piece.samples:
             yield piece
+
+
+def _ends(piece: Piece, size: int) -> bool:
+    """Whether a piece of `size` letters ends with the file that is finished: it is large enough, or by its content."""
+    return size >= PIECE_LETTERS // _SMALL or plain_digest(piece.samples[-1])[0] < 4  # one file of 64
 
 
 def refuse_empty(label: str, kept: int, empty: int) -> None:
@@ -84,20 +105,13 @@ def refuse_empty(label: str, kept: int, empty: int) -> None:
         logger.warning("%s: %d empty records are left out", label, empty)
 
 
-def _letters(sample: Any) -> int:
-    """Letters of everything in a sample."""
-    if isinstance(sample, str):
-        return len(sample)
-    return sum(_letters(value) for value in (sample.values() if isinstance(sample, dict) else sample))
-
-
 class Tokeniser:
     """Puts pieces into the cache where they are not in it; a context manager.
 
     Args:
         cache, encoder: where to, and how.
         workers: processes. One works in this process; more are started when the first piece is missing.
-        advance: called with the letters of every piece that is in the cache.
+        advance: called with letters that are in the cache: of a piece; in one process, of a long document's part too.
     """
 
     def __init__(
@@ -131,10 +145,11 @@ class Tokeniser:
                 self._finish_one()
         else:
             if shard is None:
-                tokenise(piece, self.encoder, path)
-            self.advance(_letters(piece.samples))
+                tokenise(piece, self.encoder, path, self.advance)
+            else:
+                self.advance(letters(piece.samples))
         # what another process must still read of the piece is only where its documents are from
-        self._parts.append((Piece(piece.label, piece.numbers, []), path, shard))
+        self._parts.append((piece._replace(samples=[]), path, shard))
 
     def results(self) -> list[Tokenised]:
         """All pieces, in the order in which they were added.
@@ -153,7 +168,10 @@ class Tokeniser:
                     f"{path} in the token cache cannot be read back; give another place with token_cache, on a sound "
                     "disk"
                 )
-            found.append(Tokenised(piece.label, np.array(piece.numbers, dtype=np.int64)[shard.which], shard))
+            labels = {label: i for i, label in enumerate(dict.fromkeys(piece.labels))}
+            label = np.array([labels[label] for label in piece.labels], dtype=np.int64)[shard.which]
+            numbers = np.array(piece.numbers, dtype=np.int64)[shard.which]
+            found.append(Tokenised(list(labels), label, numbers, shard))
         return found
 
     def _finish_one(self) -> None:
@@ -162,10 +180,10 @@ class Tokeniser:
             future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"a process that tokenised {piece.label} was ended from outside, perhaps for want of memory; start "
+                f"a process that tokenised {piece.labels[0]} was ended from outside, perhaps for want of memory; start "
                 "again with fewer data_workers (what is finished stays in the token cache)"
             ) from error
-        self.advance(_letters(piece.samples))
+        self.advance(letters(piece.samples))
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:

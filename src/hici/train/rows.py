@@ -12,7 +12,11 @@ from hici.train.recipe import Recipe
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any, vocab_size: int, *, progress: bool = False) -> PreparedData:
-    """The recipe's data, tokenised, split and packed (`hici.data.prepare`); by the first of several processes."""
+    """The recipe's data, tokenised, split and packed (`hici.data.prepare`).
+
+    Of several processes, one after the other: the first one tokenises, and each other one reads the sources again and
+    finds their tokens in the cache.
+    """
     cache = default_cache() if recipe.token_cache is None else Path(recipe.token_cache).expanduser()
     with one_at_a_time(cache):
         return prepare(data_options(recipe), tokenizer, vocab_size=vocab_size, progress=progress)
