@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo test slow lint format figures wheel clean
 
 help:
-	@echo "make demo    set up, then adapt SmolLM2-135M on this machine's text and show what it did (13 to 20 minutes)"
+	@echo "make demo    set up, then adapt SmolLM2-135M on this machine's text and show what it did (about 13 minutes on 2 cores)"
 	@echo "make test    set up, then lint, types and tests (slow ones: make slow)"
 	@echo "make figures, make wheel, make format, make clean"
 
