@@ -128,6 +128,29 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it or write it again") from error
 
 
+def append_line(path: str | Path, value: Any) -> None:
+    """Append one JSON line and sync it: a kill leaves it whole, or torn at the file's end (see `split_torn`)."""
+    with Path(path).open("ab") as file:
+        file.write(json.dumps(value, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def split_torn(content: bytes) -> tuple[bytes, bytes]:
+    """(whole lines, what is left of a last line that was not finished).
+
+    A last line that lacks only its newline counts as whole.
+    """
+    whole, newline, last = content.rpartition(b"\n")
+    if not last:
+        return content, b""
+    try:
+        finished = isinstance(json.loads(last), dict)
+    except ValueError:
+        finished = False
+    return (content + b"\n", b"") if finished else (whole + newline, last)
+
+
 def _swap(temporary: Path, target: Path) -> None:
     """Rename into place; an old directory steps aside first and is removed only after the new one stands."""
     if not target.exists():

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from hici.train.checkpoint import problem_of
-from hici.train.processes import only_run_in
+from hici.processes import only_run_in
 from hici.train.run import train
 from training_runs import assert_same_run, checkpoints, leftovers, start_child, start_command, write_recipe
 
@@ -138,7 +138,7 @@ def test_a_killed_run_holds_no_lock(recipe, random_values, tmp_path):
     ends = time.monotonic() + TIMEOUT
     while not checkpoints(tmp_path / "run") and child.is_alive() and time.monotonic() < ends:
         time.sleep(0.002)
-    with pytest.raises(ValueError, match="another run is training into"), only_run_in(tmp_path / "run"):
+    with pytest.raises(ValueError, match="another run is writing into"), only_run_in(tmp_path / "run"):
         pass
     child.kill()
     child.join(TIMEOUT)

@@ -10,7 +10,7 @@ from transformers import Trainer, set_seed
 
 from hici.cli.main import main
 from hici.train.checkpoint import problem_of
-from hici.train.processes import only_run_in
+from hici.processes import only_run_in
 from hici.train.recipe import recipe_from_dict
 from hici.train.rows import prepare_data
 from hici.train.run import checkpoint_store, make_trainer, train
@@ -174,7 +174,7 @@ def test_overwrite_starts_anew_and_removes_the_old_checkpoints(recipe, stopped):
 def test_two_runs_in_one_place_are_refused(recipe, tmp_path):
     with (
         only_run_in(tmp_path / "run"),
-        pytest.raises(ValueError, match="another run is training into .*run; wait for it, stop it, or give another"),
+        pytest.raises(ValueError, match="another run is writing into .*run; wait for it, stop it, or give another"),
     ):
         train(recipe(), progress=False)
     train(recipe(max_steps=1), progress=False)  # free again

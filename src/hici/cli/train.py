@@ -51,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print where things are and what the held-out loss did."""
-    from hici.train.processes import end_processes, world_size
+    from hici.processes import end_processes, world_size
     from hici.train.recipe import load_recipe
     from hici.train.run import train
 

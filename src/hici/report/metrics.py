@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from hici.files import split_torn
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,21 +33,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if torn:
         logger.warning("%s: the last line is not whole (%d bytes) and is left out", path, len(torn))
     return [_entry(path, i, line) for i, line in enumerate(whole.splitlines(), start=1)]
-
-
-def split_torn(content: bytes) -> tuple[bytes, bytes]:
-    """(whole lines, what is left of a last line that was not finished).
-
-    A last line that lacks only its newline counts as whole.
-    """
-    whole, newline, last = content.rpartition(b"\n")
-    if not last:
-        return content, b""
-    try:
-        finished = isinstance(json.loads(last), dict)
-    except ValueError:
-        finished = False
-    return (content + b"\n", b"") if finished else (whole + newline, last)
 
 
 def steps_of(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
+from hici.report.progress import progress_bar
 from hici.report.tables import size
 
 logger = logging.getLogger(__name__)
 
-_SPEED_WINDOW = 24 * 3600.0  # seconds that the time left is estimated from: rich's 30 hold no step of a long context
 _HEADER_EVERY = 25  # lines
 
 
@@ -67,7 +67,7 @@ class ConsoleTable:
         self._bar: Any = None
         stream = sys.stderr if stream is None else stream
         if progress and stream.isatty():
-            self._bar = _make_bar(stream)
+            self._bar = progress_bar(stream)
             self._bar.add_task("training", total=total_steps, completed=first_step)
             self._bar.start()
 
@@ -128,33 +128,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _make_bar(stream: TextIO) -> Any:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("after"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # what others write to stdout and stderr stays theirs: redirecting them would change the whole process
-    return Progress(
-        *columns,
-        console=Console(file=stream),
-        speed_estimate_period=_SPEED_WINDOW,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hici.data.packing import Rows, collate
 from hici.models.lookup import FULL
 from hici.models.modes import set_attention
-from hici.train.processes import everyones, rank, world_size
+from hici.processes import everyones, rank, world_size
 
 
 def heldout_losses(model: nn.Module, language_model: Any, rows: Rows, method: str, device: Any) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hici.data.cache import default_cache
 from hici.data.prepare import DataOptions, PreparedData, prepare
-from hici.train.processes import one_at_a_time
+from hici.processes import one_at_a_time
 from hici.train.recipe import Recipe
 
 

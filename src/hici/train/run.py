@@ -39,7 +39,7 @@ from hici.train.output import (
     remove_old_results,
     training_facts,
 )
-from hici.train.processes import everyones, local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
+from hici.processes import everyones, local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import SCHEDULES, Recipe
 from hici.train.rows import prepare_data
 from hici.train.setup import (

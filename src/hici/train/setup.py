@@ -19,7 +19,7 @@ from hici.models.quantized import NONE, load_quantized
 from hici.models.tiled_mlp import tile_mlp
 from hici.rope import check_context, extend_rope
 from hici.train.optimizers import ADAMW
-from hici.train.processes import local_rank, wants_deepspeed, wants_fsdp
+from hici.processes import local_rank, wants_deepspeed, wants_fsdp
 from hici.train.recipe import Recipe
 
 # FSDP's settings, the value that does not work, accelerate's default, and why not

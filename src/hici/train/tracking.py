@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 from hici.files import atomic_file
 from hici.models.lookup import FULL, HICI
-from hici.report.metrics import METRICS_FILE, read_metrics, split_torn
+from hici.files import split_torn
+from hici.report.metrics import METRICS_FILE, read_metrics
 from hici.train.console import ConsoleTable
 from hici.train.output import TENSORBOARD
 from hici.train.recipe import Recipe

@@ -28,7 +28,7 @@ from hici.models.lookup import get_causal_lm
 from hici.models.loss import next_token_loss
 from hici.train.checkpoint import CheckpointStore
 from hici.train.order import TrainingOrder, describe_rows
-from hici.train.processes import everyones, wants_fsdp
+from hici.processes import everyones, wants_fsdp
 from hici.train.state import (
     gather_optimizer,
     gather_weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import os
 from collections.abc import Iterator
@@ -42,6 +43,15 @@ def wants_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
+def join_processes() -> None:
+    """Make a process group (gloo) of what the launcher started, unless there is one; nothing for one process.
+
+    For work that is divided among whole models: processes wait for the slowest one, however long that takes.
+    """
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+
+
 def end_processes() -> None:
     """Leave the process group, all processes together.
 
@@ -54,8 +64,10 @@ def end_processes() -> None:
 
 
 @contextlib.contextmanager
-def only_run_in(directory: Path) -> Iterator[None]:
-    """Context: no other run trains into `directory` (the lock goes with the process, however that ends).
+def only_run_in(directory: Path, lock: str = ".lock") -> Iterator[None]:
+    """Context: no other run writes into `directory` (the lock goes with the process, however that ends).
+
+    `lock`: the lock's file, where a directory holds what several runs may write side by side.
 
     Raises:
         ValueError: another one does.
@@ -64,12 +76,12 @@ def only_run_in(directory: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with (directory / ".lock").open("w") as file:
+    with (directory / lock).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"another run is training into {directory}; wait for it, stop it, or give another output_dir"
+                f"another run is writing into {directory}; wait for it, stop it, or give another output directory"
             ) from error
         except OSError:  # a file system without locks
             pass
