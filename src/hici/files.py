@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -149,6 +150,12 @@ def split_torn(content: bytes) -> tuple[bytes, bytes]:
     except ValueError:
         finished = False
     return (content + b"\n", b"") if finished else (whole + newline, last)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _swap(temporary: Path, target: Path) -> None:

@@ -215,7 +215,7 @@ def test_old_ones_go_only_after_the_new_one_was_read_back(tmp_path, monkeypatch)
 def test_a_disk_that_gives_back_something_else_keeps_the_old_ones(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path, SAME, keep=1)
     store.write(2, filler(2))
-    written = checkpoint.sha256
+    written = checkpoint.file_sha256
 
     def bad_disk(path):
         # under its temporary name what went in; under its own name what comes out
@@ -223,7 +223,7 @@ def test_a_disk_that_gives_back_something_else_keeps_the_old_ones(tmp_path, monk
             path.write_bytes(b"something else")
         return written(path)
 
-    monkeypatch.setattr(checkpoint, "sha256", bad_disk)
+    monkeypatch.setattr(checkpoint, "file_sha256", bad_disk)
     with pytest.raises(ValueError, match="step-00000004 was written but does not read back .weights.safetensors has "
                        "another SHA-256.*check the disk. Older checkpoints were kept"):  # fmt: skip
         store.write(4, filler(4))
@@ -317,17 +317,17 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(tmp_path, monkeypat
     store = CheckpointStore(tmp_path, SAME, keep=1)
     for step in (2, 4, 6):
         CheckpointStore(tmp_path, SAME, keep=9).write(step, filler(step))
-    real = checkpoint.sha256
+    real = checkpoint.file_sha256
 
     def no_answer(path):
         if path.parent.name == "step-00000006":
             raise OSError(5, "Input/output error")
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "sha256", no_answer)
+    monkeypatch.setattr(checkpoint, "file_sha256", no_answer)
     assert store.last() == store.path(4)
     assert "step-00000006 is not whole" in caplog.text
-    monkeypatch.setattr(checkpoint, "sha256", real)
+    monkeypatch.setattr(checkpoint, "file_sha256", real)
     store.keep = 9
     store.write(8, filler(8))
     assert store.path(6).is_dir()

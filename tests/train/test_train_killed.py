@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from hici.train.checkpoint import problem_of
 from hici.processes import only_run_in
+from hici.train.checkpoint import problem_of
 from hici.train.run import train
 from training_runs import assert_same_run, checkpoints, leftovers, start_child, start_command, write_recipe
 

@@ -9,8 +9,8 @@ import torch
 from transformers import Trainer, set_seed
 
 from hici.cli.main import main
-from hici.train.checkpoint import problem_of
 from hici.processes import only_run_in
+from hici.train.checkpoint import problem_of
 from hici.train.recipe import recipe_from_dict
 from hici.train.rows import prepare_data
 from hici.train.run import checkpoint_store, make_trainer, train

@@ -269,7 +269,7 @@ def _check_plain_flags(args: argparse.Namespace, attentions: list[str]) -> None:
 
 
 def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]:
-    from hici.models.fingerprint import base_fingerprint
+    from hici.models.fingerprint import base_fingerprint, model_fingerprint
     from hici.models.lookup import get_causal_lm, get_decoder, hici_config, is_attached
 
     lm = get_causal_lm(model)
@@ -279,13 +279,25 @@ def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]
         "kind": kind,
         "base_model": lm.config.name_or_path,
         "base_fingerprint": get_decoder(model).hici_attached.base_fingerprint if attached else base_fingerprint(lm),
+        "fingerprint": model_fingerprint(model),
+        "adapter_sha256": _adapter_hashes(args.model) if kind == "adapter" else None,
         "model_type": lm.config.model_type,
         "dtype": str(lm.dtype).removeprefix("torch."),
-        "device": str(lm.device),
+        "device": lm.device.type,  # without its number, which differs between processes
         "hici": hici_config(model).to_dict() if attached else None,
         "max_position_embeddings": lm.config.max_position_embeddings,
         "rope_parameters": dict(lm.config.rope_parameters),
     }
+
+
+def _adapter_hashes(name: str) -> dict[str, str]:
+    """SHA-256 of every file of weights and settings of an adapter directory."""
+    from hici.adapters.hub import find_directory
+    from hici.files import file_sha256
+
+    directory = find_directory(name)
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    return {path.name: file_sha256(path) for path in files}
 
 
 def _dtype(args: argparse.Namespace) -> str | None:

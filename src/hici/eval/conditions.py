@@ -38,7 +38,7 @@ def describe_condition(model: Any, context: int | None) -> dict[str, Any]:
 
 
 def attention_label(condition: dict[str, Any]) -> str:
-    """"full", "hici_s2", "hici, past", "hici, all (not causal)", "hici, no slots" of a condition or what holds one."""
+    """ "full", "hici_s2", "hici, past", "hici, all (not causal)", "hici, no slots" of a condition or what holds one."""
     label = str(condition["attention"])
     if condition["attention"] == "hici":
         label += f", {condition['visibility']}" if condition["visibility"] else ", no slots"

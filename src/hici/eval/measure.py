@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (parts done, parts in all)
 
-_CHANGING = ("time_utc",)  # of the provenance: may differ between two runs of one measurement
+_CHANGING = ("time_utc", "machine")  # of the provenance: may differ between the runs of one measurement
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def measure(
     """The result of `plan`, the same in every process; written to `target` where there is one.
 
     What an earlier run of the same measurement has left at `target` is taken over: parts, or the whole result. Same
-    means all of the header and the provenance but the time; what differs is an error that names it.
+    means all of the header and the provenance but time and machine; what differs is an error that names it.
 
     Several processes (torchrun, accelerate launch) share the parts.
 

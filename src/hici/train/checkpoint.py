@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from hici.files import atomic_directory, read_json, write_json
+from hici.files import atomic_directory, file_sha256, read_json, write_json
 from hici.models.lookup import FULL
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class CheckpointStore:
                 facts = {
                     "format_version": FORMAT_VERSION,
                     "step": step,
-                    "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in paths},
+                    "files": {path.relative_to(temporary).as_posix(): file_sha256(path) for path in paths},
                     "identity": dataclasses.asdict(self.identity),
                 }
                 write_json(temporary / COMPLETE, {**facts, "sha256": _sha256_of_facts(facts)})
@@ -238,18 +238,12 @@ def problem_of(path: Path) -> Problem | None:
         return Problem(f"format_version {version}; this hici reads {FORMAT_VERSION}", False)
     for name, digest in complete["files"].items():
         try:
-            found = sha256(path / name)
+            found = file_sha256(path / name)
         except OSError as error:  # a disk that does not answer now may do so later
             return Problem(f"{name}: {error}", isinstance(error, FileNotFoundError))
         if found != digest:
             return Problem(f"{name} has another SHA-256 than when it was written", True)
     return None
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of_facts(facts: dict[str, Any]) -> str:

@@ -17,11 +17,11 @@ from hici.models.architectures.base import is_hici_name
 from hici.models.load import load_config, meta_model
 from hici.models.lookup import FULL, HICI
 from hici.presets import load_preset, preset_names
+from hici.processes import wants_deepspeed, wants_fsdp, world_size
 from hici.report.memory import BYTES, Training
 from hici.report.summary import segment_plan, training_estimate
 from hici.rope import check_context, config_rope_parameters, extended_rope, far_rope
 from hici.train.output import ADAPTER, TRAINED_BYTES, check_output, check_space, free_space, space_needed
-from hici.processes import wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import Recipe
 from hici.train.setup import (
     attached_config,

@@ -24,6 +24,7 @@ from hici.models.attach import reconfigure
 from hici.models.lookup import FULL, HICI, get_decoder
 from hici.models.modes import leaks_future, set_attention
 from hici.models.quantized import NONE
+from hici.processes import everyones, local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
 from hici.provenance import provenance
 from hici.report.runs import read_run
 from hici.report.training import plot_training
@@ -39,7 +40,6 @@ from hici.train.output import (
     remove_old_results,
     training_facts,
 )
-from hici.processes import everyones, local_rank, only_run_in, rank, wants_deepspeed, wants_fsdp, world_size
 from hici.train.recipe import SCHEDULES, Recipe
 from hici.train.rows import prepare_data
 from hici.train.setup import (

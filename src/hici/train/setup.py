@@ -17,9 +17,9 @@ from hici.models.modes import set_attention
 from hici.models.offload import StreamTransfers, enable_checkpointing, offload_checkpoints
 from hici.models.quantized import NONE, load_quantized
 from hici.models.tiled_mlp import tile_mlp
+from hici.processes import local_rank, wants_deepspeed, wants_fsdp
 from hici.rope import check_context, extend_rope
 from hici.train.optimizers import ADAMW
-from hici.processes import local_rank, wants_deepspeed, wants_fsdp
 from hici.train.recipe import Recipe
 
 # FSDP's settings, the value that does not work, accelerate's default, and why not

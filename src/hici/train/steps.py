@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from hici.adapters.lora import trainable_parameters
 from hici.machine import peak_memory
 from hici.models.attach import reconfigure
-from hici.train.order import draw_segments
 from hici.processes import everyones
+from hici.train.order import draw_segments
 from hici.train.state import trained
 
 if TYPE_CHECKING:

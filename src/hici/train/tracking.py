@@ -19,9 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from hici.files import atomic_file
+from hici.files import atomic_file, split_torn
 from hici.models.lookup import FULL, HICI
-from hici.files import split_torn
 from hici.report.metrics import METRICS_FILE, read_metrics
 from hici.train.console import ConsoleTable
 from hici.train.output import TENSORBOARD

@@ -26,9 +26,9 @@ from hici.adapters.lora import trainable_parameters
 from hici.files import read_json, write_json
 from hici.models.lookup import get_causal_lm
 from hici.models.loss import next_token_loss
+from hici.processes import everyones, wants_fsdp
 from hici.train.checkpoint import CheckpointStore
 from hici.train.order import TrainingOrder, describe_rows
-from hici.processes import everyones, wants_fsdp
 from hici.train.state import (
     gather_optimizer,
     gather_weights,

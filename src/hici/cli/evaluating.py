@@ -1,0 +1,116 @@
+"""What the verbs of `hici eval` share: flags, loading, rope, where the result goes, and measuring with a bar."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hici.cli.common import ATTENTIONS, Loaded, add_model_flags, add_segment_flags, load
+from hici.processes import local_rank, rank, world_size
+
+RESUME_NOTES = """\
+With --out, what is measured is kept as it comes: after a kill the same command goes on, and ends with the same result.
+Several processes share the work: torchrun --nproc-per-node 4 -m hici eval ..."""
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser, result_name: str, *, picture: bool = True) -> None:
+    """MODEL and how it is loaded, its attentions and rope, and where the result goes (`result_name`.json)."""
+    add_model_flags(parser)
+    add_segment_flags(parser)
+    group = parser.add_argument_group("attention and positions")
+    group.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full"], help="default full")
+    group.add_argument("--rope", choices=("none", "auto", "linear", "yarn"), default="none", help="extend the rope so "
+                       "to the longest context, once, for all contexts of the run; auto: linear, or the kind by which "
+                       "the model is scaled already")  # fmt: skip
+    group.add_argument("--allow-beyond-rope", action="store_true", help="permit contexts beyond the rope settings")
+    add_output_flags(parser, result_name, picture=picture)
+
+
+def add_output_flags(parser: argparse.ArgumentParser, result_name: str, *, picture: bool = True) -> None:
+    """--out and --overwrite."""
+    output = parser.add_argument_group("output")
+    beside = ", and a picture (.png) beside it" if picture else ""
+    output.add_argument("--out", metavar="DIR|FILE.json", help=f"JSON{beside}; DIR: {result_name}.json in it")
+    output.add_argument("--overwrite", action="store_true", help="measure anew and replace files that exist")
+
+
+def check_evaluation(args: argparse.Namespace, **once: list[Any]) -> None:
+    """What can be refused before anything is loaded. `once`: flags and their values, none of which may come twice."""
+    for flag, values in {"attention": args.attention, **once}.items():
+        if len(set(values)) != len(values):
+            raise ValueError(f"--{flag.replace('_', '-')} {' '.join(map(str, values))} names one twice; name each once")
+
+
+def result_target(args: argparse.Namespace, result_name: str, *, picture: bool = True) -> Path | None:
+    """The result's path from --out, checked; None without --out."""
+    from hici.eval.measure import check_target
+
+    if args.out is None:
+        if args.overwrite:
+            raise ValueError("--overwrite is for --out only; drop it")
+        return None
+    path = Path(args.out).expanduser()
+    target = path if path.suffix == ".json" else path / f"{result_name}.json"
+    return check_target(target, *([target.with_suffix(".png")] if picture else []))
+
+
+def load_for_evaluation(args: argparse.Namespace, longest: int | None) -> Loaded:
+    """The model, ready for every --attention, its rope extended to `longest` tokens where --rope says so.
+
+    Raises:
+        ValueError: see `load`; `longest` beyond the rope without --allow-beyond-rope.
+    """
+    from hici.models.lookup import get_causal_lm
+    from hici.rope import check_context, extend_rope, far_rope
+
+    if world_size() > 1 and args.device in ("auto", "cuda"):
+        args.device = f"cuda:{local_rank()}" if _cuda() else "cpu"
+    loaded = load(args, args.attention)
+    config = get_causal_lm(loaded.model).config
+    before = config.max_position_embeddings
+    extended = False
+    if args.rope != "none" and longest is not None and longest > before:
+        extend_rope(loaded.model, longest, method=args.rope)
+        extended = True
+    if longest is not None and not args.allow_beyond_rope:
+        check_context(config, longest)
+    rope = {
+        "extended": far_rope(config.rope_parameters)["rope_type"] if extended else False,
+        "positions_before": before,
+        "positions": config.max_position_embeddings,
+        "rope_parameters": dict(config.rope_parameters),
+        "allow_beyond_rope": args.allow_beyond_rope,
+    }
+    about = {
+        key: value for key, value in loaded.about.items() if key not in ("rope_parameters", "max_position_embeddings")
+    }
+    return loaded._replace(about=about | {"rope": rope})
+
+
+def measure_with_bar(args: argparse.Namespace, plan: Any, target: Path | None, what: str) -> dict[str, Any]:
+    """`hici.eval.measure.measure` with a bar on the first process's stderr."""
+    from hici.eval.measure import measure
+    from hici.report.progress import progress_bar
+
+    if rank() > 0:
+        return measure(plan, target, overwrite=args.overwrite)
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=None)
+        return measure(
+            plan,
+            target,
+            overwrite=args.overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def is_first_process() -> bool:
+    """Whether this process prints and draws."""
+    return rank() == 0
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
