@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 try:
     import fcntl
 except ImportError:  # Windows: no lock there
@@ -48,7 +46,11 @@ def join_processes() -> None:
 
     For work that is divided among whole models: processes wait for the slowest one, however long that takes.
     """
-    if world_size() > 1 and not dist.is_initialized():
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
 
 
@@ -57,6 +59,8 @@ def end_processes() -> None:
 
     A DDP wrapper is a reference cycle that keeps gloo's threads: collected first, or the interpreter's end aborts.
     """
+    import torch.distributed as dist  # here: knowing one's rank must not take torch's import
+
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         gc.collect()
@@ -105,6 +109,8 @@ def everyones(value: Any) -> list[Any]:
     """What every process has, in their order. All of them must call it together."""
     if world_size() == 1:
         return [value]
+    import torch.distributed as dist
+
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
