@@ -1,0 +1,91 @@
+"""Attention given to global slots, local slots and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from hici.report.charts.attention import PARTS, conditions_of, heads_figure, mean_shares, shares_figure, slot_shares
+from hici.report.gather import Gathered
+from hici.report.numbers import percent
+from hici.report.page import Block, Figure, Table
+from hici.report.section import Section
+from hici.report.series import Series, series_of
+
+
+def _draw(gathered: Gathered) -> list[Block]:
+    series = series_of(gathered.labelled("inspect"), gathered.looks)
+
+    def draw_shares(narrow: bool) -> object:
+        return shares_figure(series, narrow=narrow)
+
+    def draw_heads(narrow: bool) -> object:
+        return heads_figure(series, narrow=narrow)
+
+    return [
+        Figure(
+            "attention-shares",
+            draw_shares,
+            "How a token's attention is divided, by layer: mean over heads and tokens. Dark: global slots; hatched: "
+            "local slots; light: tokens.",
+            "Attention shares by layer, stacked. " + " ".join(_sentences(series)),
+            _shares_table(series),
+        ),
+        Figure(
+            "attention-heads",
+            draw_heads,
+            "Attention given to slots, global and local together, by layer and head. Light is more.",
+            "Heat map of the attention given to slots by layer and head. " + " ".join(_head_sentences(series)),
+            _heads_table(series),
+        ),
+    ]
+
+
+def _sentences(series: Sequence[Series]) -> list[str]:
+    sentences = []
+    for name, entry in conditions_of(series):
+        means = {part: fmean(values) for part, values in mean_shares(entry).items()}
+        sentences.append(f"{name}: {percent(means['global'])} % to global slots, {percent(means['local'])} % to local "
+                         f"slots, {percent(means['tokens'])} % to tokens, mean of the layers.")  # fmt: skip
+    return sentences
+
+
+def _head_sentences(series: Sequence[Series]) -> list[str]:
+    sentences = []
+    for name, entry in conditions_of(series):
+        cells = [
+            (share, layer, head)
+            for layer, heads in enumerate(slot_shares(entry["shares"]))
+            for head, share in enumerate(heads)
+        ]
+        share, layer, head = max(cells)
+        sentences.append(
+            f"{name}: the most {percent(share)} % in layer {layer}, head {head}; the least {percent(min(cells)[0])} %."
+        )
+    return sentences
+
+
+def _shares_table(series: Sequence[Series]) -> Table:
+    rows = []
+    for name, entry in conditions_of(series):
+        means = mean_shares(entry)
+        rows += [
+            [name, str(layer), *(percent(means[part][layer], 2) for part in PARTS)]
+            for layer in range(len(means["tokens"]))
+        ]
+    columns = ["run and attention", "layer", "global slots, %", "local slots, %", "tokens, %"]
+    return Table("Attention by layer, mean over heads", columns, rows)
+
+
+def _heads_table(series: Sequence[Series]) -> Table:
+    panels = [(name, slot_shares(entry["shares"])) for name, entry in conditions_of(series)]
+    heads = max(len(rows[0]) for _, rows in panels)
+    rows = [[name, str(layer), *(percent(share) for share in shares), *["-"] * (heads - len(shares))]
+            for name, table in panels for layer, shares in enumerate(table)]  # fmt: skip
+    columns = ["run and attention", "layer", *(f"head {i}" for i in range(heads))]
+    return Table("Attention to slots by layer and head, percent", columns, rows)
+
+
+SECTION = Section(
+    50, "Attention by layer", lambda gathered: any(r.record["conditions"] for r in gathered.of("inspect")), _draw
+)

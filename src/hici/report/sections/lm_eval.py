@@ -1,0 +1,30 @@
+"""Tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from hici.report.gather import Gathered
+from hici.report.numbers import MISSING, fixed
+from hici.report.page import Block, Table
+from hici.report.section import Section
+from hici.report.series import series_of
+
+
+def _draw(gathered: Gathered) -> list[Block]:
+    series = series_of(gathered.labelled("lm"), gathered.looks)
+    found = [{(e["task_name"], e["metric"]): e for e in one.entries} for one in series]
+    keys = list(dict.fromkeys(key for each in found for key in each))
+    rows = [[task, metric, *(_cell(each.get((task, metric))) for each in found)] for task, metric in keys]
+    caption = "Tasks of lm-evaluation-harness: value, and its standard error."
+    return [Table(caption, ["task", "metric", *(one.name for one in series)], rows, text_columns=2)]
+
+
+def _cell(entry: dict[str, object] | None) -> str:
+    if entry is None:
+        return MISSING
+    error = entry.get("standard_error")
+    return fixed(entry["value"], 4) + ("" if error is None else f" ± {fixed(error, 4)}")
+
+
+SECTION = Section(
+    80, "lm-evaluation-harness", lambda gathered: any(r.record["conditions"] for r in gathered.of("lm")), _draw
+)
