@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -129,7 +130,7 @@ def perplexity(
 def _bins(context, level):
     edges = [0, *(2**i for i in range(4, 20) if 2**i < context), context]
     bins = []
-    for first, after in zip(edges, edges[1:], strict=False):
+    for first, after in itertools.pairwise(edges):
         loss = level + 1.6 / math.log2(after + 2)
         error = 0.25 / math.sqrt(after)
         bins.append(
@@ -238,7 +239,8 @@ def inspect(layers=12, heads=6, segments=4, *, about=None):
     to_global = 0.05 + 0.12 * np.sin(math.pi * depth) + generator.uniform(-0.02, 0.02, (layers, heads))
     to_local = 0.22 - 0.13 * depth + generator.uniform(-0.04, 0.04, (layers, heads))
     shares = {"global": to_global, "local": to_local, "tokens": 1 - to_global - to_local}
-    by_segment = {name: value.mean(axis=1, keepdims=True) + 0.01 * np.arange(segments) * (-1 if name == "tokens" else 0.5)
+    later = {"global": 0.005, "local": 0.005, "tokens": -0.01}
+    by_segment = {name: value.mean(axis=1, keepdims=True) + later[name] * np.arange(segments)
                   for name, value in shares.items()}  # fmt: skip
     distance = np.abs(np.subtract.outer(np.arange(segments), np.arange(segments)))
     similarity = {
@@ -291,11 +293,12 @@ def training_comparison():
         losses = [mean - 0.1 * i for i in (-1, 0, 1)]
         return {"attention": "full", "visibility": None, "leaks_future": False, "segments": None, "segment_size": None,
                 "mean_loss": mean, "ppl": math.exp(mean), "losses": losses, "counts": [context - 1] * 3,
-                "stream_sha256": "d1" * 32, "windows": {"context": context, "starts": [0, context, 2 * context]}}  # fmt: skip
+                "stream_sha256": "d1" * 32,
+                "windows": {"context": context, "starts": [0, context, 2 * context]}}  # fmt: skip
 
     def run(method, seed, mean):
         trained = {"steps": 20, "tokens": 20 * 4096, "step_seconds": [0.5] * 20, "peak_memory_bytes": 2**31,
-                   "losses": [4 - 0.05 * i + 0.01 * seed for i in range(20)]}  # fmt: skip
+                   "losses": [mean + 1 - 0.05 * i + 0.01 * seed for i in range(20)]}  # fmt: skip
         return {"method": method, "seed": seed, "trained": trained, "made_with": provenance(),
                 "evaluations": [evaluation(mean, 2048), evaluation(mean - 0.1, 4096)]}  # fmt: skip
 

@@ -96,10 +96,10 @@ def wilson_interval(right: int, samples: int, confidence: float = CONFIDENCE) ->
 def value_difference(a: dict[str, Any], b: dict[str, Any]) -> Difference:
     """Of two values with standard errors, as if independent; None: no interval."""
     difference = a["value"] - b["value"]
-    errors = (a.get("standard_error"), b.get("standard_error"))
-    if errors[0] is None or errors[1] is None:
+    error_a, error_b = a.get("standard_error"), b.get("standard_error")
+    if error_a is None or error_b is None:
         return Difference(difference, None)
-    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.hypot(*errors)
+    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.hypot(error_a, error_b)
     return Difference(difference, (difference - half, difference + half))
 
 

@@ -20,6 +20,7 @@ from hici.report.series import Key, Labelled, Look, looks_of
 logger = logging.getLogger(__name__)
 
 REPORT_MARKER = ".hici-report.json"  # a directory with it is a report
+_PROTOCOLS = ("published", "strict", "position")
 _MODEL_FILES = ("config.json", "adapter_config.json", "hici_config.json")
 _COMPARISON_FIELDS = ("settings", "costs", "comparisons", "baselines", "runs", "made_with")
 
@@ -72,8 +73,9 @@ class Gathered:
         return [(result.label, result.record) for result in self.of(task, protocol)]
 
     def protocols(self, task: str) -> list[str]:
-        """Names of the protocols of a task, in their order."""
-        return list(dict.fromkeys(str(result.record["protocol"].get("name")) for result in self.of(task)))
+        """Names of the protocols of a task: the known ones first, then the others as they come."""
+        names = dict.fromkeys(str(result.record["protocol"].get("name")) for result in self.of(task))
+        return sorted(names, key=lambda name: _PROTOCOLS.index(name) if name in _PROTOCOLS else len(_PROTOCOLS))
 
 
 class _Folder(NamedTuple):
@@ -167,7 +169,9 @@ def _search(directory: Path, homes: list[tuple[Path, Path]], runs: list[Path], c
 def _look_into(directory: Path, *, strict: bool = True) -> _Folder:
     """What lies in a directory itself. strict: a file that is no JSON is an error."""
     run = (directory / METRICS_FILE).is_file() or (directory / RESULT_FILE).is_file()
-    results, comparisons, others = [], [], []
+    results: list[Path] = []
+    comparisons: list[Path] = []
+    others: list[Path] = []
     for path in sorted(directory.glob("*.json")):
         if path.name.startswith(".") or not path.is_file() or (run and path.name == RESULT_FILE):
             continue

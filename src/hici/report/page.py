@@ -130,6 +130,7 @@ def render_page(title: str, lead: str, parts: Sequence[Part], pictures: dict[str
         wide={name: _data_uri(picture.wide) for name, picture in pictures.items()},
         narrow={name: _data_uri(picture.narrow) for name, picture in pictures.items()},
         sizes={name: _png_size(picture.wide) for name, picture in pictures.items()},
+        narrow_sizes={name: _png_size(picture.narrow) for name, picture in pictures.items()},
     )
 
 

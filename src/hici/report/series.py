@@ -80,10 +80,8 @@ def series_of(
             if keep(condition):
                 found.setdefault((label, attention_label(condition)), []).append(condition)
     return [
-        Series(
-            label, attention, ": ".join(part for part in (label, attention) if part), looks[label, attention], entries
-        )
-        for (label, attention), entries in found.items()
+        Series(label, attention, ": ".join(part for part in (label, attention) if part), looks[label, attention], own)
+        for (label, attention), own in found.items()
     ]
 
 

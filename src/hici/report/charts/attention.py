@@ -53,7 +53,7 @@ def heads_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
     high = max(value for rows in values for row in rows for value in row)
     image = None
     for axis, (name, _), rows in zip(axes, panels, values, strict=True):
-        image = annotated_heat_map(axis, rows, low=0, high=max(high, 1e-9), narrow=narrow)
+        image = annotated_heat_map(axis, rows, low=0, high=max(high, 1e-9), narrow=narrow, panels=min(2, len(panels)))
         axis.set_xticks(range(len(rows[0])), [str(i) for i in range(len(rows[0]))])
         axis.set_yticks(range(len(rows)), [str(i) for i in range(len(rows))])
         axis.set_xlabel("head")
@@ -92,7 +92,7 @@ def segments_figure(name: str, entry: dict[str, Any], *, narrow: bool = False) -
     figure, axes = new_panels(len(layers), narrow=narrow, columns=3, height=3.4)
     image = None
     for axis, layer in zip(axes, layers, strict=True):
-        image = annotated_heat_map(axis, matrices[layer], low=0, high=1, narrow=narrow, digits=2)
+        image = annotated_heat_map(axis, matrices[layer], low=0, high=1, narrow=narrow, digits=2, panels=len(layers))
         ticks = range(len(matrices[layer]))
         axis.set_xticks(ticks, [str(i + 1) for i in ticks])
         axis.set_yticks(ticks, [str(i + 1) for i in ticks])

@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 
 
 def comparison_figure(trained: Sequence[Trained], *, narrow: bool = False) -> Any:
-    """Left: perplexity by length, mean of the seeds, each seed as a small point. Right: training loss, mean of seeds."""
+    """Left: perplexity by length, mean of the seeds, each seed as a small point. Right: training loss, mean of all."""
     curves = [one for one in trained if one.curves]
     below = legend_height([one.name for one in trained], narrow=narrow)
     figure, axes = new_panels(2 if curves else 1, narrow=narrow, height=3.9, below=below)
@@ -47,6 +47,7 @@ def comparison_figure(trained: Sequence[Trained], *, narrow: bool = False) -> An
             means = [fmean(losses[i] for losses in one.curves) for i in range(steps)]
             axes[1].plot(range(1, steps + 1), smoothed(means, smoothing_window(steps)), color=one.look.colour,
                          linestyle=one.look.dash, linewidth=1.8)  # fmt: skip
+        axes[1].xaxis.get_major_locator().set_params(integer=True)
         axes[1].set_xlabel("optimizer step")
         axes[1].set_ylabel("training loss, nats a token")
         panel_title(axes[1], "training loss, smoothed", narrow)

@@ -28,7 +28,7 @@ def cost_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
                       color=look.colour, linestyle=look.dash, marker=look.marker, markerfacecolor=look.face,
                       markersize=7, markeredgewidth=1.6, linewidth=1.8, label=plain(one.name))  # fmt: skip
         context_ticks(axis, [point["context"] for one in series for point in one.entries])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.12 * axis.dataLim.ymax)
         axis.set_ylabel(unit)
         panel_title(axis, title, narrow)
     legend_below(figure, speed, narrow=narrow)

@@ -10,9 +10,19 @@ _MAP = "cividis"  # alike with and without red and green, and from dark to light
 
 
 def annotated_heat_map(
-    axis: Any, values: Sequence[Sequence[float]], *, low: float, high: float, narrow: bool, digits: int = 0
+    axis: Any,
+    values: Sequence[Sequence[float]],
+    *,
+    low: float,
+    high: float,
+    narrow: bool,
+    digits: int = 0,
+    panels: int = 2,
 ) -> Any:
-    """Draw rows of values from `low` (dark) to `high` (light); NaN: a dash on grey. Returns the image."""
+    """Draw rows of values from `low` (dark) to `high` (light); NaN: a dash on grey. Returns the image.
+
+    panels: beside each other, which leaves less room for the numbers.
+    """
     from matplotlib import colormaps
 
     colours = colormaps[_MAP].with_extremes(bad="#e0e0e0")
@@ -25,7 +35,7 @@ def annotated_heat_map(
     axis.grid(which="minor", color="white", linewidth=1.2)
     axis.tick_params(which="both", length=0)
     letters = digits + 3
-    size = min(10.5 if not narrow else 9.5, (300 if narrow else 330) / (columns * letters * 0.62))
+    size = min(10.5 if not narrow else 9.5, (270 if narrow else 640 / panels) / (columns * letters * 0.62))
     if size >= 5:
         for y, row in enumerate(values):
             for x, value in enumerate(row):

@@ -19,11 +19,12 @@ from hici.report.figures import (
 from hici.report.series import Series, by_context
 
 
-def perplexity_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
+def perplexity_figure(series: Sequence[Series], *, title: str = "", narrow: bool = False) -> Any:
     """One line a series, 95 % intervals as bars. Hollow markers: not causal.
 
     Args:
         series: of one protocol: lines of two must not be compared. Entries: context, ppl, ppl_interval.
+        title: names the protocol.
     """
     figure, (axis,) = new_panels(1, narrow=narrow, height=4.2, below=legend_height(_names(series), narrow=narrow))
     shown = []
@@ -38,6 +39,7 @@ def perplexity_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
     axis.set_ylabel("perplexity (bars: 95 % interval)")
     if max(shown) > 3 * min(shown):  # a model beyond its positions would press all else into one line
         plain_log_scale(axis)
+    panel_title(axis, title, narrow)
     legend_below(figure, axis, narrow=narrow)
     return figure
 

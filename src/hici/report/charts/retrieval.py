@@ -21,11 +21,12 @@ def retrieval_heatmap(series: Sequence[Series], *, narrow: bool = False) -> Any:
     depths = sorted({entry["depth"] for one in series for entry in one.entries})
     contexts = sorted({entry["context"] for one in series for entry in one.entries})
     height = 0.95 + (0.3 if narrow else 0.34) * max(3, len(depths))
-    figure, axes = new_panels(len(series), narrow=narrow, columns=2, height=height)
+    columns = 3 if len(series) >= 3 and len(contexts) <= 6 else 2
+    figure, axes = new_panels(len(series), narrow=narrow, columns=columns, height=height)
     for axis, one in zip(axes, series, strict=True):
         found = {(entry["context"], entry["depth"]): 100 * entry["accuracy"] for entry in one.entries}
         values = [[found.get((context, depth), math.nan) for context in contexts] for depth in depths]
-        annotated_heat_map(axis, values, low=0, high=100, narrow=narrow)
+        annotated_heat_map(axis, values, low=0, high=100, narrow=narrow, panels=1 if narrow else columns)
         axis.set_xticks(range(len(contexts)), [tokens(context) for context in contexts])
         axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
         axis.set_xlabel("context, tokens (K = 1,024)")

@@ -53,15 +53,11 @@ def _sentences(series: Sequence[Series]) -> list[str]:
 def _head_sentences(series: Sequence[Series]) -> list[str]:
     sentences = []
     for name, entry in conditions_of(series):
-        cells = [
-            (share, layer, head)
-            for layer, heads in enumerate(slot_shares(entry["shares"]))
-            for head, share in enumerate(heads)
-        ]
-        share, layer, head = max(cells)
-        sentences.append(
-            f"{name}: the most {percent(share)} % in layer {layer}, head {head}; the least {percent(min(cells)[0])} %."
-        )
+        rows = slot_shares(entry["shares"])
+        cells = [(share, layer, head) for layer, heads in enumerate(rows) for head, share in enumerate(heads)]
+        (most, layer, head), (least, *_) = max(cells), min(cells)
+        ends = f"the most {percent(most)} % in layer {layer}, head {head}; the least {percent(least)} %"
+        sentences.append(f"{name}: {ends}.")
     return sentences
 
 
@@ -86,6 +82,4 @@ def _heads_table(series: Sequence[Series]) -> Table:
     return Table("Attention to slots by layer and head, percent", columns, rows)
 
 
-SECTION = Section(
-    50, "Attention by layer", lambda gathered: any(r.record["conditions"] for r in gathered.of("inspect")), _draw
-)
+SECTION = Section(50, "Attention by layer", lambda gathered: bool(series_of(gathered.labelled("inspect"))), _draw)

@@ -31,16 +31,15 @@ def _blocks(number: int, comparison: Comparison) -> list[Block]:
         return comparison_figure(trained, narrow=narrow)
 
     lengths = sorted({length for one in trained for length in one.losses})
-    ends = " ".join(f"{one.name}: {fixed(math.exp(fmean(one.losses[max(one.losses)])), 2)} at {max(one.losses):,} tokens."
-                    for one in trained)  # fmt: skip
+    ends = " ".join(map(_sentence, trained))
     blocks: list[Block] = [
         Text(f"{settings.get('model')}, from {whole(settings.get('base_context'))} to {whole(settings.get('context'))} "
              "tokens. All methods of a seed saw the same tokens in every step."),
         Figure(
             f"training-comparison-{number}-{slug(comparison.label)}",
             draw,
-            "Perplexity of held-out text by length, and the loss while training. A name says how the model was trained, "
-            "then the attention that it was measured in.",
+            "Perplexity of held-out text by length, and the loss while training, mean of the seeds. Measured in full "
+            "attention, unless the name of the line says otherwise.",
             f"Training comparison {comparison.label}. {ends}",
             _perplexities(trained, lengths),
         ),
@@ -52,6 +51,11 @@ def _blocks(number: int, comparison: Comparison) -> list[Block]:
     return blocks + [Text(f"Failed, and not in the tables: {failure}", "note") for failure in failures]
 
 
+def _sentence(one: Trained) -> str:
+    longest = max(one.losses)
+    return f"{one.name}: {fixed(math.exp(fmean(one.losses[longest])), 2)} at {longest:,} tokens."
+
+
 def trained_of(record: dict[str, Any]) -> list[Trained]:
     """Baselines first, then methods. A window of one segment in HiCI attention is full attention, and left out."""
     parts = [(name, None, each) for name, evaluations in record["baselines"].items() for each in evaluations]
@@ -61,7 +65,8 @@ def trained_of(record: dict[str, Any]) -> list[Trained]:
         if each["attention"] != "full" and each["segments"] == 1:
             continue
         label = attention_label(each | {"causal": not each["leaks_future"]})
-        losses, curves, _ = found.setdefault(f"{method}: {label}", ({}, [], each["leaks_future"]))
+        name = method if each["attention"] == "full" else f"{method}, in {label} attention"
+        losses, curves, _ = found.setdefault(name, ({}, [], each["leaks_future"]))
         losses.setdefault(each["windows"]["context"], []).append(each["mean_loss"])
         own = run["trained"].get("losses") if run and each["attention"] == "full" else None
         if own and own not in curves:
@@ -83,7 +88,7 @@ def _perplexities(trained: Sequence[Trained], lengths: Sequence[int]) -> Table:
             cells.append(fixed(math.exp(fmean(losses)), 3) + seeds if losses else MISSING)
         rows.append([one.name, *cells])
     return Table("Perplexity by length: of the seeds' mean loss, and in brackets of each seed",
-                 ["trained, and measured in", *(f"{length:,} tokens" for length in lengths)], rows)  # fmt: skip
+                 ["method", *(f"{length:,} tokens" for length in lengths)], rows)  # fmt: skip
 
 
 def _costs(costs: dict[str, Any]) -> Table:
@@ -102,8 +107,8 @@ def _differences(found: Sequence[dict[str, Any]]) -> Table:
         for each in found
     ]  # fmt: skip
     return Table(
-        "Differences in held-out loss, nats a token, same windows and seeds: with 95 % intervals over windows, and over "
-        "windows and seeds",
+        "Differences in held-out loss, nats a token, same windows and seeds, with 95 % intervals: over windows, and "
+        "over windows and seeds",
         ["pair", "length", "difference", "over windows", "and seeds", "verdict"],
         rows,
     )

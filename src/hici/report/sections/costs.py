@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hici.report.charts.costs import cost_figure
 from hici.report.gather import Gathered
@@ -22,13 +23,22 @@ def _by_protocol(gathered: Gathered) -> list[tuple[str, list[Series]]]:
 
 
 def _draw(gathered: Gathered) -> list[Block]:
-    machines = {
-        str(result.record["provenance"].get("machine", {}).get("device")) for result in gathered.of("perplexity")
-    }
-    where = f"on {listing(sorted(machines))}" + (
-        "; compare only what one machine measured" if len(machines) > 1 else ""
-    )
-    return [_figure(name, series, where) for name, series in _by_protocol(gathered)]
+    machines = {_device(result.record) for result in gathered.of("perplexity")}
+    where = f"on {listing(sorted(machines))}"
+    if len(machines) > 1:
+        where += "; compare only what one machine measured"
+    return [
+        _figure(name, series, where) if _lengths(series) > 1 else _table(name, series)
+        for name, series in _by_protocol(gathered)
+    ]
+
+
+def _device(record: dict[str, Any]) -> str:
+    return str((record["provenance"].get("machine") or {}).get("device", "a machine that is not recorded"))
+
+
+def _lengths(series: Sequence[Series]) -> int:
+    return len({entry["context"] for one in series for entry in one.entries})
 
 
 def _figure(protocol: str, series: Sequence[Series], where: str) -> Figure:

@@ -22,6 +22,7 @@ from hici.report.numbers import MISSING, signed, signed_span
 from hici.report.page import Block, Table
 from hici.report.section import Section
 
+_WORDS = "Lower or higher is said where zero lies outside of the interval."
 _ALL_PAIRS_UP_TO = 4  # of more series, each is compared with the first only
 
 
@@ -57,12 +58,13 @@ def _table(
     return Table(caption, ["pair", *columns], rows, text_columns=None, notes=notes) if rows else None
 
 
-def _shown(found: Difference | str, digits: int, scale: float = 1.0, unit: str = "") -> str:
+def _shown(found: Difference | str, digits: int, scale: float = 1.0) -> str:
     if isinstance(found, str):
         return found
     bounds = None if found.interval is None else [scale * bound for bound in found.interval]
     interval = "" if bounds is None else f" ({signed_span(bounds, digits)})"
-    return f"{signed(scale * found.value, digits)}{unit}{interval}, {found.verdict}"
+    verdict = f", {found.verdict}" if found.verdict in ("lower", "higher") else ""
+    return f"{signed(scale * found.value, digits)}{interval}{verdict}"
 
 
 def _perplexity(gathered: Gathered, protocol: str) -> Table | None:
@@ -82,7 +84,7 @@ def _perplexity(gathered: Gathered, protocol: str) -> Table | None:
     contexts = sorted({each.condition["context"] for own in found.values() for each in own.values()})
     return _table(
         f"Difference in loss, nats a token, protocol {protocol}: first minus second over the same windows, with a 95 % "
-        "interval (paired, Student's t). Lower: the first is better.",
+        f"interval (paired, Student's t). {_WORDS} Lower is better.",
         [f"{context:,} tokens" for context in contexts],
         {f"{a} minus {b}": cell(a, b) for a, b in _pairs(list(found))},
     )
@@ -102,7 +104,7 @@ def _retrieval(gathered: Gathered) -> Table | None:
         return None
     return Table(
         "Difference in accuracy, percentage points, all depths together: first minus second, with a 95 % interval "
-        "(Newcombe's, from two Wilson intervals) and the right answers of both. Higher: the first is better.",
+        f"(Newcombe's, from two Wilson intervals), and the right answers of both. {_WORDS} Higher is better.",
         ["task and pair", *(f"{context:,} tokens" for context in contexts)],
         rows,
         text_columns=None,
@@ -115,15 +117,14 @@ def _retrieval_cell(a: Sequence[Measured], b: Sequence[Measured], task: str, con
     if not left or not right:
         return MISSING
     reason = differing_protocol(left[0].record, right[0].record)
-    if reason is None and {each.condition.get("depth") for each in left} != {
-        each.condition.get("depth") for each in right
-    }:
+    depths, others = ({each.condition.get("depth") for each in own} for own in (left, right))
+    if reason is None and depths != others:
         reason = "depths"
     if reason is not None:
         return f"not comparable: {reason} differ"
     one, other = (pooled([each.condition for each in own]) for own in (left, right))
-    return (f"{_shown(accuracy_difference(one, other), 1, scale=100)}; {one.right} of {one.samples} against "
-            f"{other.right} of {other.samples}")  # fmt: skip
+    shown = _shown(accuracy_difference(one, other), 1, scale=100)
+    return f"{shown}; {one.right} of {one.samples} against {other.right} of {other.samples}"
 
 
 def _longbench(gathered: Gathered) -> Table | None:
@@ -163,7 +164,7 @@ def _lm(gathered: Gathered) -> Table | None:
 
     return _table(
         "Difference in tasks of lm-evaluation-harness: first minus second, with a 95 % interval as if the samples were "
-        "independent (too wide: they are the same)",
+        f"independent (too wide: they are the same). {_WORDS}",
         list(dict.fromkeys(column for own in found.values() for column in own)),
         {f"{a} minus {b}": cell(a, b) for a, b in _pairs(list(found))},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -10,6 +10,7 @@ from hici.eval.labels import NOT_CAUSAL, attention_label
 from hici.report.gather import Gathered, Result
 from hici.report.numbers import MISSING, fixed, percent
 from hici.report.page import Block, Table, Text
+from hici.report.runs import RunLog
 from hici.report.section import Section
 
 NOT_CAUSAL_NOTE = (
@@ -18,7 +19,6 @@ NOT_CAUSAL_NOTE = (
 )
 
 Row = tuple[str, str]  # label, attention
-Column = tuple[str, Callable[[Gathered], dict[Row, str]]]
 
 
 def _draw(gathered: Gathered) -> list[Block]:
@@ -27,29 +27,38 @@ def _draw(gathered: Gathered) -> list[Block]:
         blocks += [_compared(gathered), _numbers(gathered)]
     if any(not condition["causal"] for result in gathered.results for condition in result.record["conditions"]):
         blocks.append(Text(NOT_CAUSAL_NOTE, "note"))
-    for run in gathered.runs:
-        if run.leaks_future:
-            blocks.append(Text(
-                f"{run.label} was trained with visibility {run.visibility}: its loss in {', '.join(sorted(run.leaks_future))} "
-                f"attention, in training too, sees the future ({NOT_CAUSAL}); read the held-out loss in full attention.", "note"))  # fmt: skip
+    blocks += [Text(_training_note(run), "note") for run in gathered.runs if run.leaks_future]
     return blocks
 
 
+def _training_note(run: RunLog) -> str:
+    attentions = ", ".join(sorted(run.leaks_future))
+    return (
+        f"{run.label} was trained with visibility {run.visibility}: its loss in {attentions} attention, in training "
+        f"too, sees the future ({NOT_CAUSAL}); read the held-out loss in full attention."
+    )
+
+
 def _compared(gathered: Gathered) -> Table:
-    rows = []
-    for label in dict.fromkeys(result.label for result in gathered.results):
-        own = [result for result in gathered.results if result.label == label]
-        models = [result.record["model"] for result in own if result.record["model"]]
-        about: dict[str, Any] = models[0] if models else {}
-        attentions = dict.fromkeys(attention_label(c) for result in own for c in result.record["conditions"])
-        rope = dict.fromkeys(_rope(model) for model in models)
-        dtypes = dict.fromkeys(str(model.get("dtype")) for model in models)
-        rows.append([label, _or_missing(about.get("path")), _or_missing(about.get("kind")),
-                     _or_missing(about.get("base_model")), ", ".join(dtypes) or MISSING, "; ".join(rope) or MISSING,
-                     "; ".join(attentions) or MISSING,
-                     ", ".join(dict.fromkeys(result.record["task"] for result in own))])  # fmt: skip
-    columns = ["run", "model", "kind", "base", "dtype", "rope", "attention", "measured"]
-    return Table("What is compared: a run is named after its directory or its file.", columns, rows, text_columns=None)
+    labels = list(dict.fromkeys(result.label for result in gathered.results))
+    facts = [_about([result for result in gathered.results if result.label == label]) for label in labels]
+    rows = [[name, *(each[name] for each in facts)] for name in facts[0]]
+    caption = "What is compared. A run is named after its directory, or after its file."
+    return Table(caption, ["", *labels], rows, text_columns=None)
+
+
+def _about(results: Sequence[Result]) -> dict[str, str]:
+    """Facts of one run; where its results disagree, all of them."""
+    models = [result.record["model"] for result in results if result.record["model"]]
+    found = {
+        "model": [_or_missing(model.get("path")) for model in models],
+        "base": [_or_missing(model.get("base_model")) for model in models],
+        "dtype": [_or_missing(model.get("dtype")) for model in models],
+        "rope": [_rope(model) for model in models],
+        "attention": [attention_label(each) for result in results for each in result.record["conditions"]],
+        "measured": [result.record["task"] for result in results],
+    }
+    return {name: "; ".join(dict.fromkeys(values)) or MISSING for name, values in found.items()}
 
 
 def _or_missing(value: Any) -> str:
@@ -60,23 +69,26 @@ def _rope(model: dict[str, Any]) -> str:
     rope = model.get("rope")
     if not isinstance(rope, dict):
         return "not recorded"
-    if rope.get("extended"):
-        return f"extended ({rope['extended']}) from {fixed(rope.get('positions_before'), 0)} to {fixed(rope.get('positions'), 0)}"
-    return f"{fixed(rope.get('positions'), 0)} positions"
+    before, after = (fixed(rope.get(name), 0) for name in ("positions_before", "positions"))
+    return (
+        f"extended ({rope['extended']}) from {before} to {after} positions"
+        if rope.get("extended")
+        else f"{after} positions"
+    )
 
 
 def _numbers(gathered: Gathered) -> Table:
     found = [(name, numbers) for name, numbers in _columns(gathered) if numbers]
+    labels = list(dict.fromkeys(result.label for result in gathered.results))
     order = list(dict.fromkeys(row for _, numbers in found for row in numbers))
-    order.sort(key=lambda row: list(dict.fromkeys(r.label for r in gathered.results)).index(row[0]))
-    rows = [[label, attention or MISSING, *(numbers.get((label, attention), MISSING) for _, numbers in found)]
-            for label, attention in order]  # fmt: skip
+    order.sort(key=lambda row: labels.index(row[0]))
+    rows = [[": ".join(part for part in row if part), *(numbers.get(row, MISSING) for _, numbers in found)]
+            for row in order]  # fmt: skip
     return Table(
         "The main numbers. Perplexity: at the longest context of each; retrieval: percent correct over all lengths and "
-        "depths; LongBench: mean of the data sets' scores.",
-        ["run", "attention", *(name for name, _ in found)],
+        "depths; LongBench: mean of the data sets' scores, and how many there are.",
+        ["run and attention", *(name for name, _ in found)],
         rows,
-        text_columns=2,
     )
 
 
@@ -120,9 +132,11 @@ def _longbench(gathered: Gathered) -> dict[Row, str]:
     for result in gathered.of("score"):
         if result.record.get("scores"):
             scores[result.label, ""] = list(result.record["scores"].values())
-    return {row: f"{fmean(values):.2f} of {len(values)} sets" for row, values in scores.items() if values}
+    return {row: f"{fmean(values):.2f} ({len(values)})" for row, values in scores.items() if values}
 
 
-SECTION = Section(
-    10, "Summary", lambda gathered: bool(gathered.results) or any(r.leaks_future for r in gathered.runs), _draw
-)
+def _applies(gathered: Gathered) -> bool:
+    return bool(gathered.results) or any(run.leaks_future for run in gathered.runs)
+
+
+SECTION = Section(10, "Summary", _applies, _draw)

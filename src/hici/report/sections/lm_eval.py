@@ -25,6 +25,4 @@ def _cell(entry: dict[str, object] | None) -> str:
     return fixed(entry["value"], 4) + ("" if error is None else f" ± {fixed(error, 4)}")
 
 
-SECTION = Section(
-    80, "lm-evaluation-harness", lambda gathered: any(r.record["conditions"] for r in gathered.of("lm")), _draw
-)
+SECTION = Section(80, "lm-evaluation-harness", lambda gathered: bool(series_of(gathered.labelled("lm"))), _draw)

@@ -14,7 +14,8 @@ from hici.report.series import Series, by_context, series_of
 _EXPLAINED = {
     "published": "Protocol published: windows every few hundred tokens over one stream, every position of a window "
     "scored, so it is comparable with the LongLoRA and HiCI tables.",
-    "strict": "Protocol strict: document by document, each token scored once, behind as much text as the context holds.",
+    "strict": "Protocol strict: document by document, each token scored once, behind as much text as the context "
+    "holds.",
 }
 
 
@@ -37,7 +38,7 @@ def _draw(gathered: Gathered) -> list[Block]:
 
 def _figure(protocol: str, series: Sequence[Series]) -> Figure:
     def draw(narrow: bool) -> object:
-        return perplexity_figure(series, narrow=narrow)
+        return perplexity_figure(series, title=f"perplexity, protocol {protocol}", narrow=narrow)
 
     explained = _EXPLAINED.get(protocol, f"Protocol {protocol}.")
     return Figure(

@@ -32,8 +32,8 @@ def _draw(gathered: Gathered) -> list[Block]:
 
 def _sentences(series: Sequence[Series]) -> list[str]:
     return [
-        f"{one.name}, windows of {entry['context']:,}: {fixed(entry['bins'][0]['mean_loss'], 2)} nats at the beginning, "
-        f"{fixed(entry['bins'][-1]['mean_loss'], 2)} at the end."
+        f"{one.name}, windows of {entry['context']:,}: {fixed(entry['bins'][0]['mean_loss'], 2)} nats at the "
+        f"beginning, {fixed(entry['bins'][-1]['mean_loss'], 2)} at the end."
         for one in series
         for entry in by_context(one.entries)
     ]

@@ -21,7 +21,7 @@ def _draw(gathered: Gathered) -> list[Block]:
     rows = [_row(result) for result in gathered.results]
     rows += [_comparison_row(str(each.path), each.label, each.record) for each in gathered.comparisons]
     return [
-        Table("How every result was made; long values are shortened, and whole below.", _COLUMNS, rows, text_columns=None),
+        Table("How every result was made. Long values are shortened, and whole below.", _COLUMNS, rows, None),
         Heading("In full, file by file"),
         *(Facts(f"{result.path} ({result.label})", _facts(result)) for result in gathered.results),
         *(
@@ -58,12 +58,9 @@ def _row(result: Result) -> list[str | Cell]:
 
 
 def _comparison_row(path: str, label: str, record: dict[str, Any]) -> list[str | Cell]:
-    attentions = _joined(
-        attention_label(each | {"causal": not each["leaks_future"]})
-        for run in record["runs"]
-        for each in run["evaluations"]
-    )
-    contexts = _joined(whole(each["windows"]["context"]) for run in record["runs"] for each in run["evaluations"])
+    measured = [each for run in record["runs"] for each in run["evaluations"]]
+    attentions = _joined(attention_label(each | {"causal": not each["leaks_future"]}) for each in measured)
+    contexts = _joined(whole(each["windows"]["context"]) for each in measured)
     settings = record["settings"]
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(run["seed"] for run in record["runs"]))
     return [shortened(path, 40), label, "training comparison", MISSING, str(settings.get("model", MISSING)), MISSING,

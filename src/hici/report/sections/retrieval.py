@@ -68,10 +68,8 @@ def _sentence(one: Series) -> str:
     right = sum(entry["accuracy"] * entry["samples"] for entry in one.entries)
     worst = min(one.entries, key=lambda entry: entry["accuracy"])
     depth = "" if worst.get("depth") is None else f" and depth {percent(worst['depth'], 0)} %"
-    return (
-        f"{one.name}: {percent(right / samples)} % of {samples:,} right, the least {percent(worst['accuracy'], 0)} % at "
-        f"{worst['context']:,} tokens{depth}."
-    )
+    least = f"{percent(worst['accuracy'], 0)} % at {worst['context']:,} tokens{depth}"
+    return f"{one.name}: {percent(right / samples)} % of {samples:,} right, the least {least}."
 
 
 def _table(caption: str, tasks: Sequence[tuple[str, Sequence[Series]]]) -> Table:
@@ -87,6 +85,4 @@ def _table(caption: str, tasks: Sequence[tuple[str, Sequence[Series]]]) -> Table
     return Table(caption, columns, rows, text_columns=2)
 
 
-SECTION = Section(
-    40, "Retrieval", lambda gathered: any(r.record["conditions"] for r in gathered.of("retrieval")), _draw
-)
+SECTION = Section(40, "Retrieval", lambda gathered: bool(series_of(gathered.labelled("retrieval"))), _draw)

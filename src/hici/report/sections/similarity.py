@@ -18,6 +18,8 @@ from hici.report.page import Block, Figure, Table
 from hici.report.section import Section
 from hici.report.series import Series, series_of
 
+_KINDS = ("local", "global")
+
 
 def _series(gathered: Gathered) -> list[Series]:
     return series_of(gathered.labelled("inspect"), gathered.looks, lambda condition: bool(similarities(condition)))
@@ -68,10 +70,8 @@ def _sentences(series: Sequence[Series]) -> list[str]:
     sentences = []
     for name, entry in conditions_of(series):
         for part, matrices in similarities(entry).items():
-            first, last = mean_off_diagonal(matrices[0]), mean_off_diagonal(matrices[-1])
-            sentences.append(
-                f"{name}, {part} slots: {fixed(first, 2)} in the first layer, {fixed(last, 2)} in the last."
-            )
+            first, last = (fixed(mean_off_diagonal(matrices[layer]), 2) for layer in (0, -1))
+            sentences.append(f"{name}, {part} slots: {first} in the first layer, {last} in the last.")
     return sentences
 
 
@@ -79,10 +79,11 @@ def _table(series: Sequence[Series]) -> Table:
     rows = []
     for name, entry in conditions_of(series):
         found = similarities(entry)
-        for layer in range(max(len(matrices) for matrices in found.values())):
-            rows.append([name, str(layer), *(fixed(mean_off_diagonal(found[part][layer]), 4) if part in found else MISSING
-                                             for part in ("local", "global"))])  # fmt: skip
-    return Table("Mean similarity of two segments", ["run and attention", "layer", "local slots", "global slots"], rows)
+        for layer in range(max(map(len, found.values()))):
+            means = [fixed(mean_off_diagonal(found[part][layer]), 4) if part in found else MISSING for part in _KINDS]
+            rows.append([name, str(layer), *means])
+    columns = ["run and attention", "layer", *(f"{part} slots" for part in _KINDS)]
+    return Table("Mean similarity of two segments", columns, rows)
 
 
 SECTION = Section(60, "Slots across segments", lambda gathered: bool(_series(gathered)), _draw)
