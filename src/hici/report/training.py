@@ -60,7 +60,11 @@ def training_figure(runs: Sequence[RunLog], *, narrow: bool = False) -> Any:
         look = _Look(_COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)], None if single else plain(run.label))
         _draw_run(axes, run, look)
     _finish(axes, 9.5 if narrow else 11)
-    if not narrow:
+    if narrow:  # it would hide half of the losses
+        handles, labels = axes["loss"].get_legend_handles_labels()
+        axes["loss"].get_legend().remove()
+        figure.legend(handles, labels, loc="outside upper center", fontsize=9.5, frameon=False)
+    else:
         figure.suptitle(plain(describe_run(runs[0])) if single else f"{len(runs)} runs", fontsize=16)
     return figure
 

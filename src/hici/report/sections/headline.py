@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from hici.eval.labels import NOT_CAUSAL, attention_label
+from hici.report.figures import tokens
 from hici.report.gather import Gathered, Result
 from hici.report.numbers import MISSING, fixed, percent
 from hici.report.page import Block, Table, Text
@@ -85,8 +86,8 @@ def _numbers(gathered: Gathered) -> Table:
     rows = [[": ".join(part for part in row if part), *(numbers.get(row, MISSING) for _, numbers in found)]
             for row in order]  # fmt: skip
     return Table(
-        "The main numbers. Perplexity: at the longest context of each; retrieval: percent correct over all lengths and "
-        "depths; LongBench: mean of the data sets' scores, and how many there are.",
+        "The main numbers. Perplexity: at the longest context of each (K = 1,024 tokens); retrieval: percent correct "
+        "over all lengths and depths; LongBench: mean of the data sets' scores, and how many there are.",
         ["run and attention", *(name for name, _ in found)],
         rows,
     )
@@ -116,7 +117,7 @@ def _grouped(results: Sequence[Result], **where: Any) -> dict[Row, list[dict[str
 
 def _longest(results: Sequence[Result]) -> dict[Row, str]:
     longest = {row: max(conditions, key=lambda c: c["context"]) for row, conditions in _grouped(results).items()}
-    return {row: f"{fixed(c['ppl'], 3)} at {c['context']:,}" for row, c in longest.items()}
+    return {row: f"{fixed(c['ppl'], 2)} at {tokens(c['context'])}" for row, c in longest.items()}
 
 
 def _accuracy(results: Sequence[Result], task: str) -> dict[Row, str]:
