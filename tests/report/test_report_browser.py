@@ -1,6 +1,7 @@
 """The report in a real browser, without a network: seen, scrolled, driven by the keyboard, in light and dark."""
 
 import importlib.util
+import itertools
 import shutil
 
 import pytest
@@ -124,8 +125,10 @@ def test_by_keyboard(open_page):
     seen = []
     for _ in range(60):
         page.keyboard.press("Tab")
-        seen.append(page.evaluate("""() => { const e = document.activeElement, s = getComputedStyle(e);
-            return [e.tagName, e.className, e.textContent.trim().slice(0, 40), s.outlineStyle, s.outlineWidth]; }"""))
+        seen.append(
+            page.evaluate("""() => { const e = document.activeElement, s = getComputedStyle(e);
+            return [e.tagName, e.className, e.textContent.trim().slice(0, 40), s.outlineStyle, s.outlineWidth]; }""")
+        )
     links = [text for tag, _, text, _, _ in seen if tag == "A"]
     assert links == page.evaluate("() => [...document.querySelectorAll('nav a')].map((a) => a.textContent)")
     assert sum(name == "scroll" for _, name, _, _, _ in seen) >= 3
@@ -174,4 +177,4 @@ def test_headings_go_down_one_level_at_a_time(open_page):
     page, _, _ = open_page()
     levels = page.evaluate("() => [...document.querySelectorAll('h1, h2, h3, h4')].map((h) => Number(h.tagName[1]))")
     assert levels[0] == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))

@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import itertools
 import json
 import re
 
@@ -68,7 +69,7 @@ def test_every_section_stands_in_its_order_and_is_linked(report):
     levels = [int(tag[1]) for tag, _, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 
 
 def test_it_needs_nothing_else(report):
@@ -87,7 +88,9 @@ def test_it_needs_nothing_else(report):
     pictures = {path.name: path.read_bytes() for path in directory.glob("*.png")}
     shown = [base64.b64decode(attrs["src"].partition("base64,")[2]) for attrs, _ in page.of("img")]
     assert sorted(pictures.values()) == sorted(shown)
-    assert {"training.png", "perplexity-published.png", "retrieval-passkey.png", "attention-shares.png"} <= set(pictures)
+    assert {"training.png", "perplexity-published.png", "retrieval-passkey.png", "attention-shares.png"} <= set(
+        pictures
+    )
     marker = json.loads((directory / REPORT_MARKER).read_text())
     assert marker["files"] == sorted([*pictures, "index.html"])
 
@@ -173,7 +176,12 @@ def test_blocks_become_their_html():
         ("lead", "L"), (None, "one"), ("note", "two"), ("caption", "c<p"), ("below", "n>"), ("caption", "c<p"),
         ("below", "n>"), (None, "made")]  # fmt: skip
     assert page.of("abbr")[0] == ({"title": "whole<"}, "short")
-    assert [(a.get("class"), t) for a, t in page.of("th")][:4] == [(None, "x"), ("number", "y<"), (None, "a"), (None, "b&")]
+    assert [(a.get("class"), t) for a, t in page.of("th")][:4] == [
+        (None, "x"),
+        ("number", "y<"),
+        (None, "a"),
+        (None, "b&"),
+    ]
     assert page.of("dd")[0][1] == "v<"
     image, source = page.of("img")[0][0], page.of("source")[0][0]
     assert (image["alt"], image["width"], image["height"]) == ('al"t', "30", "20")
