@@ -123,13 +123,13 @@ def context_ticks(axis: Any, contexts: Sequence[int]) -> None:
 
 
 def plain_log_scale(axis: Any) -> None:
-    """A logarithmic y axis with plain numbers, 2 and 5 between the powers of ten."""
+    """A logarithmic y axis with plain numbers, and some between the powers of ten where there are few of these."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.set_yscale("log", nonpositive="mask")
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     low, high = axis.get_ylim()
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high < 10 * low else (2, 5)))
     axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 100 * low else NullFormatter())
     axis.tick_params(which="minor", labelsize=axis.yaxis.get_ticklabels()[0].get_fontsize())
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from hici.report.charts.heat import annotated_heat_map, colour_bar
+from hici.report.charts.heat import annotated_heat_map, colour_bar, label_cells
 from hici.report.figures import legend_below, new_panels, panel_title
 from hici.report.series import Series
 
@@ -54,8 +54,8 @@ def heads_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
     image = None
     for axis, (name, _), rows in zip(axes, panels, values, strict=True):
         image = annotated_heat_map(axis, rows, low=0, high=max(high, 1e-9), narrow=narrow, panels=min(2, len(panels)))
-        axis.set_xticks(range(len(rows[0])), [str(i) for i in range(len(rows[0]))])
-        axis.set_yticks(range(len(rows)), [str(i) for i in range(len(rows))])
+        heads, layers = ([str(i) for i in range(count)] for count in (len(rows[0]), len(rows)))
+        label_cells(axis, heads, layers, narrow=narrow, panels=1 if narrow else min(2, len(panels)))
         axis.set_xlabel("head")
         axis.set_ylabel("layer")
         panel_title(axis, name, narrow)
@@ -93,14 +93,12 @@ def segments_figure(name: str, entry: dict[str, Any], *, narrow: bool = False) -
     image = None
     for axis, layer in zip(axes, layers, strict=True):
         image = annotated_heat_map(axis, matrices[layer], low=0, high=1, narrow=narrow, digits=2, panels=len(layers))
-        ticks = range(len(matrices[layer]))
-        axis.set_xticks(ticks, [str(i + 1) for i in ticks])
-        axis.set_yticks(ticks, [str(i + 1) for i in ticks])
+        segments = [str(i + 1) for i in range(len(matrices[layer]))]
+        label_cells(axis, segments, segments, narrow=narrow, panels=1 if narrow else len(layers))
         axis.set_xlabel("segment")
         axis.set_ylabel("segment")
         panel_title(axis, f"layer {layer}", narrow)
-    if len(matrices[0]) > 12:
-        colour_bar(figure, image, axes, "cosine similarity", narrow=narrow)
+    colour_bar(figure, image, axes, "cosine similarity", narrow=narrow)
     return figure
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hici.report.charts.heat import annotated_heat_map
+from hici.report.charts.heat import annotated_heat_map, colour_bar, label_cells
 from hici.report.charts.perplexity import error_line
 from hici.report.figures import context_ticks, legend_below, legend_height, new_panels, panel_title, tokens
 from hici.report.series import Series, by_context
@@ -23,15 +23,17 @@ def retrieval_heatmap(series: Sequence[Series], *, narrow: bool = False) -> Any:
     height = 0.95 + (0.3 if narrow else 0.34) * max(3, len(depths))
     columns = 3 if len(series) >= 3 and len(contexts) <= 6 else 2
     figure, axes = new_panels(len(series), narrow=narrow, columns=columns, height=height)
+    image = None
     for axis, one in zip(axes, series, strict=True):
         found = {(entry["context"], entry["depth"]): 100 * entry["accuracy"] for entry in one.entries}
         values = [[found.get((context, depth), math.nan) for context in contexts] for depth in depths]
-        annotated_heat_map(axis, values, low=0, high=100, narrow=narrow, panels=1 if narrow else columns)
-        axis.set_xticks(range(len(contexts)), [tokens(context) for context in contexts])
-        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+        image = annotated_heat_map(axis, values, low=0, high=100, narrow=narrow, panels=1 if narrow else columns)
+        names = [tokens(context) for context in contexts], [f"{100 * depth:.0f} %" for depth in depths]
+        label_cells(axis, *names, narrow=narrow, panels=1 if narrow else columns)
         axis.set_xlabel("context, tokens (K = 1,024)")
         axis.set_ylabel("depth")
         panel_title(axis, one.name, narrow)
+    colour_bar(figure, image, axes, "correct, percent", narrow=narrow)
     return figure
 
 
