@@ -52,7 +52,11 @@ def result_target(args: argparse.Namespace, result_name: str, *, picture: bool =
         return None
     path = Path(args.out).expanduser()
     target = path if path.suffix == ".json" else path / f"{result_name}.json"
-    return check_target(target, *([target.with_suffix(".png")] if picture else []))
+    beside = target.with_suffix(".png")
+    check_target(target, *([beside] if picture else []))
+    if picture and beside.exists() and not target.exists() and not args.overwrite:  # drawn from another result
+        raise ValueError(f"{beside} exists, and nothing is overwritten silently; give another --out or --overwrite")
+    return target
 
 
 def load_for_evaluation(args: argparse.Namespace, longest: int | None) -> Loaded:
