@@ -10,11 +10,13 @@ import numpy as np
 
 from hici.eval.results import SCHEMA
 from hici.eval.statistics import weighted_estimate
+from hici.eval.windows import OVERLAPPING
 
 FULL = ("full", None)
 PAST = ("hici", "past")
 ALL = ("hici", "all")
 
+_UNIT = {"published": OVERLAPPING, "strict": "window", "position": "window"}
 _LEVEL = {FULL: 2.62, PAST: 2.66, ALL: 2.58, ("hici_s2", None): 2.71}
 
 
@@ -118,18 +120,28 @@ def perplexity(
                 "peak_memory_bytes": int(2**30 * (0.8 + context / (8192 if attention == FULL else 16384))),
                 "losses": losses,
                 "counts": counts,
-                "windows": {"stride": 256, "starts": [256 * i for i in range(windows)], "available": 1400},
+                "confidence": 0.95,
+                "interval_method": f"Student's t, unit: {_UNIT[protocol]}",
+                "groups": windows,
+                "windows": _windows(protocol, context, windows),
             }
             if protocol == "position":
                 entry["bins"] = _bins(context, estimate.mean)
             conditions.append(entry)
-    settings = {"name": protocol, "contexts": list(contexts), "stride": 256, "max_windows": windows}
+    modes = [mode for mode, _ in attentions]
+    settings = {"name": protocol, "windows": "words", "contexts": list(contexts), "attentions": modes, "stride": 256,
+                "max_windows": windows}  # fmt: skip
     record = result("perplexity", settings, conditions, about=about or model(), paired_differences=[], **more)
     return json.loads(json.dumps(record))
 
 
+def _windows(protocol, context, windows):
+    return {"context": context, "stride": 256, "starts": [256 * i for i in range(windows)], "available": 1400,
+            "unused_tokens": 77, "unit": _UNIT[protocol], "groups": list(range(windows))}  # fmt: skip
+
+
 def _bins(context, level):
-    edges = [0, *(2**i for i in range(4, 20) if 2**i < context), context]
+    edges = [*(2**i for i in range(20) if 2**i < context), context]
     bins = []
     for first, after in itertools.pairwise(edges):
         loss = level + 1.6 / math.log2(after + 2)
@@ -163,7 +175,8 @@ def retrieval(
                     chance = min(1.0, max(0.0, skill * (1.03 - hard)))
                     right = int(generator.binomial(samples, chance))
                     conditions.append(_retrieval_entry(task, attention, context, depth, right, samples))
-    settings = {"name": "retrieval", "tasks": list(tasks), "contexts": list(contexts), "samples": samples}
+    settings = {"name": "retrieval", "tasks": list(tasks), "lengths": list(contexts), "samples": samples,
+                "options": {task: {"words": len(task)} for task in tasks}}  # fmt: skip
     record = result("retrieval", settings, conditions, about=about or model(), data=None, seed=0)
     return json.loads(json.dumps(record))
 
@@ -211,15 +224,20 @@ def longbench(attentions=(FULL, PAST), *, shift=0.0, about=None):
                   about=about or model())  # fmt: skip
 
 
+_FILES = {"directory": "there", "files": {"trec.jsonl": 999}, "sha256": {"trec.jsonl": "ab" * 32}}
+
+
 def scored_predictions():
     """`hici score longbench`."""
     scores = {"narrativeqa": 17.15, "qasper": 25.02, "trec": 68.0, "lcc": 63.44}
-    return result("score", {"name": "longbench", "edit_similarity": "levenshtein"}, [], scores=scores)
+    return result("score", {"name": "longbench", "edit_similarity": "levenshtein"}, [], scores=scores,
+                  metrics=dict.fromkeys(scores, "qa_f1"), samples=dict.fromkeys(scores, 200), data=_FILES)  # fmt: skip
 
 
 def scored_topics():
     """`hici score topics`."""
-    return result("score", {"name": "topics"}, [], accuracy={"5": 100.0, "10": 96.0, "15": 88.0, "25": 60.0})
+    accuracy = {"5": 100.0, "10": 96.0, "15": 88.0, "25": 60.0}
+    return result("score", {"name": "topics", "rule": "words"}, [], accuracy=accuracy, data=_FILES)
 
 
 def lm(about=None):
@@ -227,7 +245,8 @@ def lm(about=None):
     numbers = {("arc_easy", "acc,none"): (0.5612, 0.0102), ("hellaswag", "acc_norm,none"): (0.4301, 0.0049),
                ("piqa", "acc,none"): (0.6741, 0.0109)}  # fmt: skip
     conditions = [
-        condition(FULL, None) | {"task_name": name, "metric": metric, "value": value, "standard_error": error}
+        condition(FULL, None)
+        | {"task_name": name, "metric": metric, "value": value, "standard_error": error, "higher_is_better": True}
         for (name, metric), (value, error) in numbers.items()
     ]
     return result("lm", {"name": "lm-eval", "version": "0.4.13"}, conditions, about=about or model(), data=None, seed=0)
@@ -250,6 +269,7 @@ def inspect(layers=12, heads=6, segments=4, *, about=None):
     }
     entry = condition(PAST, 4096) | {
         "layers": layers,
+        "layer_numbers": list(range(layers)),
         "shares": {name: value.tolist() for name, value in shares.items()},
         "by_segment": {name: value.tolist() for name, value in by_segment.items()},
         "slot_similarity": {name: value.tolist() for name, value in similarity.items()},

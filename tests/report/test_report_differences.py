@@ -6,7 +6,7 @@ import math
 import pytest
 
 import result_factory as factory
-from hici.eval.statistics import weighted_estimate
+from hici.eval.statistics import weighted_estimate, wilson_interval
 from hici.report.differences import (
     Difference,
     Measured,
@@ -16,7 +16,6 @@ from hici.report.differences import (
     loss_difference,
     pooled,
     value_difference,
-    wilson_interval,
 )
 from hici.report.gather import gather
 from hici.report.sections import differences, settings
@@ -30,8 +29,9 @@ def test_loss_difference_is_paired_over_windows():
     a, b = factory.perplexity(shift=-0.1), factory.perplexity()
     found = loss_difference(measured(a, 1), measured(b, 0))
     left, right = a["conditions"][1], b["conditions"][0]
-    expected = weighted_estimate([x - y for x, y in zip(left["losses"], right["losses"], strict=True)], left["counts"])
-    assert (found.value, found.interval) == (expected.mean, expected.interval)
+    gaps = [x - y for x, y in zip(left["losses"], right["losses"], strict=True)]
+    expected = weighted_estimate(gaps, left["counts"], neighbours_depend=True)  # published windows overlap
+    assert [found.value, *found.interval] == pytest.approx([expected.mean, *expected.interval])
     assert found.interval[1] - found.interval[0] < 0.03  # the noise of the text, ten times as large, is in both
     same = loss_difference(measured(a), measured(b))
     assert same.value == pytest.approx(-0.1)
@@ -72,6 +72,25 @@ def test_one_window_has_no_interval():
     assert found.verdict == "no interval"
 
 
+def test_windows_of_a_group_count_as_one():
+    a, b = (factory.perplexity((64,), (factory.FULL,), protocol="strict", windows=4, shift=s) for s in (0.0, 1.0))
+    for record, losses in ((a, [1.0, 3.0, 5.0, 5.0]), (b, [0.0, 0.0, 0.0, 0.0])):
+        record["conditions"][0] |= {"losses": losses, "counts": [1, 3, 2, 2]}
+        record["conditions"][0]["windows"] |= {"unit": "document", "groups": [0, 0, 1, 1]}
+    found = loss_difference(measured(a), measured(b))
+    expected = weighted_estimate([2.5, 5.0], [4, 4])
+    assert [found.value, *found.interval] == pytest.approx([3.75, *expected.interval])
+
+
+def test_settings_of_other_tasks_do_not_matter():
+    a, b = factory.retrieval(tasks=("passkey", "needle")), factory.retrieval(tasks=("passkey", "needle"))
+    b["protocol"]["options"]["needle"] = {"words": 99}
+    assert differing_protocol(a, b, "passkey") is None
+    assert differing_protocol(a, b, "needle") == "protocols (options)"
+    b["protocol"]["chat"] = True
+    assert differing_protocol(a, b, "passkey") == "protocols (chat)"
+
+
 def test_accuracies():
     """Newcombe's own example: 56 of 70 against 48 of 80, 0.2 with 0.0524 to 0.3339."""
     found = accuracy_difference(Pooled(56, 70), Pooled(48, 80))
@@ -88,6 +107,7 @@ def test_values_with_standard_errors():
     assert found.value == pytest.approx(0.1)
     assert found.interval == pytest.approx((0.1 - 1.959964 * 0.05, 0.1 + 1.959964 * 0.05), abs=1e-6)
     assert value_difference({"value": 1.0}, {"value": 0.5, "standard_error": 0.1}) == Difference(0.5, None)
+    assert value_difference({"value": None}, {"value": 0.5}) is None
 
 
 def tables(tmp_path, *records):
@@ -129,6 +149,15 @@ def test_retrieval_over_all_depths(tmp_path):
     del b["conditions"][0]
     found, _ = tables(tmp_path / "depths", ("a", a), ("b", b))
     assert found["task and pair"].rows[0][1] == "not comparable: depths differ"
+
+
+def test_parts_of_answers_are_no_whole_numbers(tmp_path):
+    options = {"tasks": ("needle",), "attentions": (factory.FULL,), "contexts": (1024,), "samples": 10}
+    a, b = factory.retrieval(**options), factory.retrieval(**options)
+    a["conditions"][0]["accuracy"], b["conditions"][0]["accuracy"] = 0.45, 0.9
+    found, _ = tables(tmp_path, ("a", a), ("b", b))
+    assert found["task and pair"].rows[0][1].startswith("+45.0 (")
+    assert found["task and pair"].rows[0][1].endswith("; 9 of 10 against 4.5 of 10")
 
 
 def test_longbench_is_compared_over_the_sets_that_both_have(tmp_path):

@@ -16,7 +16,7 @@ from hici.report.section import all_sections
 from hici.report.write import write_report
 
 ORDER = ["Summary", "Perplexity against length", "Loss by position", "Retrieval", "Attention by layer",
-         "Slots across segments", "LongBench", "LongEval topics", "lm-evaluation-harness", "Training",
+         "Slots across segments", "LongBench", "LongEval", "lm-evaluation-harness", "Training",
          "Training comparison", "Speed and memory", "Differences between runs", "Differences in settings",
          "Provenance"]  # fmt: skip
 VOID = {"meta", "link", "img", "source", "br"}

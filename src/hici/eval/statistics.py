@@ -1,10 +1,10 @@
-"""Weighted means with standard errors and Student-t intervals, without scipy."""
+"""Weighted means with standard errors and Student-t intervals, and shares with theirs, without scipy."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -56,6 +56,24 @@ def weighted_estimate(
     return Estimate(mean, error, (mean - half, mean + half))
 
 
+def wilson_interval(successes: float, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The score interval of Wilson (1927) for a share of successes: it stays in [0, 1], also with all or none.
+
+    Scores between 0 and 1 may be summed as successes: they spread less than zeros and ones of the same mean, so the
+    interval is rather too wide than too narrow.
+
+    Raises:
+        ValueError: no trials, successes outside of 0..trials, confidence outside of (0, 1).
+    """
+    if trials < 1 or not 0 <= successes <= trials or not 0 < confidence < 1:
+        raise ValueError(f"{successes} successes of {trials} trials at confidence {confidence}; give at least one "
+                         "trial, no more successes than trials, and a confidence in (0, 1)")  # fmt: skip
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), successes / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def t_quantile(confidence: float, degrees: int) -> float:
     """The two-sided quantile: t with P(|T| <= t) = confidence for Student's t with that many degrees of freedom.
 
@@ -100,3 +118,16 @@ def _t_quantile_of_many(z: float, degrees: int) -> float:
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     return z + first / degrees + second / degrees**2
+
+
+def group_means(
+    losses: Sequence[float], counts: Sequence[int], groups: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """(token-weighted mean, tokens) of every group of windows, which stand side by side."""
+    values, weights = [], []
+    for _, members in groupby(zip(groups, losses, counts, strict=True), key=lambda member: member[0]):
+        found = [(loss, count) for _, loss, count in members]
+        tokens = sum(count for _, count in found)
+        values.append(math.fsum(loss * count for loss, count in found) / tokens)
+        weights.append(float(tokens))
+    return values, weights

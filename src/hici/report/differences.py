@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from hici.eval.statistics import CONFIDENCE, weighted_estimate
+from hici.eval.statistics import CONFIDENCE, group_means, weighted_estimate, wilson_interval
+from hici.eval.windows import OVERLAPPING
 
 # of a protocol: what may differ between results whose numbers at one place are still of the same thing
-_MAY_DIFFER = ("attention", "attentions", "context", "contexts", "depth", "depths", "lengths", "tasks", "datasets",
-               "samples", "batch_size")  # fmt: skip
+_MAY_DIFFER = ("attention", "attentions", "contexts", "lengths", "depths", "tasks", "samples", "max_samples",
+               "max_windows", "max_length", "batch_size")  # fmt: skip
 
 
 class Measured(NamedTuple):
@@ -39,7 +40,7 @@ class Difference(NamedTuple):
 
 
 def loss_difference(a: Measured, b: Measured) -> Difference | str:
-    """Mean loss of `a` minus that of `b`, paired over the same windows, t interval; or what differs."""
+    """Mean loss of `a` minus that of `b` over the same windows, t interval over their groups; or what differs."""
     reason = differing_protocol(a.record, b.record)
     if reason is None and _data_key(a.record) != _data_key(b.record):
         reason = "data"
@@ -51,14 +52,17 @@ def loss_difference(a: Measured, b: Measured) -> Difference | str:
     losses_a, losses_b, counts = a.condition.get("losses"), b.condition.get("losses"), a.condition.get("counts")
     if not losses_a or not losses_b or not counts or not len(losses_a) == len(losses_b) == len(counts):
         return "not comparable: no losses of the windows"
-    found = weighted_estimate([x - y for x, y in zip(losses_a, losses_b, strict=True)], counts)
+    windows = a.condition.get("windows") or {}
+    gaps = [x - y for x, y in zip(losses_a, losses_b, strict=True)]
+    values, weights = group_means(gaps, counts, windows.get("groups") or range(len(gaps)))
+    found = weighted_estimate(values, weights, neighbours_depend=windows.get("unit") == OVERLAPPING)
     return Difference(found.mean, found.interval)
 
 
 class Pooled(NamedTuple):
-    """Right answers of samples, over all depths of a length."""
+    """Right answers of samples, over all depths of a length; a task may score parts of an answer."""
 
-    right: int
+    right: float
     samples: int
 
     @property
@@ -69,7 +73,8 @@ class Pooled(NamedTuple):
 def pooled(conditions: Sequence[dict[str, Any]]) -> Pooled:
     """Of conditions of one task and length."""
     samples = sum(condition["samples"] for condition in conditions)
-    return Pooled(round(sum(condition["accuracy"] * condition["samples"] for condition in conditions)), samples)
+    right = sum(condition["accuracy"] * condition["samples"] for condition in conditions)
+    return Pooled(min(samples, round(right, 6)), samples)
 
 
 def accuracy_difference(a: Pooled, b: Pooled) -> Difference:
@@ -84,17 +89,10 @@ def accuracy_difference(a: Pooled, b: Pooled) -> Difference:
     return Difference(difference, (low, high))
 
 
-def wilson_interval(right: int, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a share."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, extra = right / samples, z * z / samples
-    middle = (share + extra / 2) / (1 + extra)
-    half = z / (1 + extra) * math.sqrt(share * (1 - share) / samples + extra / (4 * samples))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def value_difference(a: dict[str, Any], b: dict[str, Any]) -> Difference:
-    """Of two values with standard errors, as if independent; None: no interval."""
+def value_difference(a: dict[str, Any], b: dict[str, Any]) -> Difference | None:
+    """Of two values with standard errors, as if independent; None: one of them is no number."""
+    if a["value"] is None or b["value"] is None:
+        return None
     difference = a["value"] - b["value"]
     error_a, error_b = a.get("standard_error"), b.get("standard_error")
     if error_a is None or error_b is None:
@@ -103,11 +101,17 @@ def value_difference(a: dict[str, Any], b: dict[str, Any]) -> Difference:
     return Difference(difference, (difference - half, difference + half))
 
 
-def differing_protocol(a: dict[str, Any], b: dict[str, Any]) -> str | None:
-    """The first setting of the protocols that differs and matters; None: they agree."""
+def differing_protocol(a: dict[str, Any], b: dict[str, Any], part: str | None = None) -> str | None:
+    """The first setting of the protocols that differs and matters; None: they agree.
+
+    `part`: a task or a data set; of settings that are given for each, only those of this one count.
+    """
     left, right = a["protocol"], b["protocol"]
     for name in dict.fromkeys((*left, *right)):
-        if name not in _MAY_DIFFER and left.get(name) != right.get(name):
+        one, other = left.get(name), right.get(name)
+        if part is not None and isinstance(one, dict) and isinstance(other, dict) and part in one and part in other:
+            one, other = one[part], other[part]
+        if name not in _MAY_DIFFER and one != other:
             return f"protocols ({name})"
     return None
 

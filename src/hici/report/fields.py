@@ -12,7 +12,7 @@ _CONDITIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "perplexity": _ATTENTION | {"context": _WHOLE, "mean_loss": _NUMBER, "ppl": _NUMBER},
     "retrieval": _ATTENTION | {"context": _WHOLE, "task": _TEXT, "samples": _WHOLE, "accuracy": _NUMBER},
     "longbench": _ATTENTION | {"dataset": _TEXT, "score": _NUMBER},
-    "lm": _ATTENTION | {"task_name": _TEXT, "metric": _TEXT, "value": _NUMBER},
+    "lm": _ATTENTION | {"task_name": _TEXT, "metric": _TEXT, "value": (int, float, type(None))},
     "inspect": _ATTENTION | {"shares": (dict,)},
 }
 _PARTS = ("global", "local", "tokens")

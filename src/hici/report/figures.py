@@ -15,12 +15,17 @@ _DPI = {False: 160, True: 220}  # a phone has more pixels an inch
 GREY = "#595959"
 
 
-def new_mosaic(layout: Sequence[Sequence[str]], *, width: float, height: float) -> tuple[Any, dict[str, Any]]:
-    """(figure, axes by name): `layout` names what lies where, as in matplotlib's subplot_mosaic."""
+def new_mosaic(
+    layout: Sequence[Sequence[str]], *, width: float, height: float, heights: Sequence[float] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(figure, axes by name): `layout` names what lies where, as in matplotlib's subplot_mosaic.
+
+    `heights`: of the rows, in proportion; None: all alike.
+    """
     figure = _bare_figure(width, height)
-    axes = figure.subplot_mosaic([list(row) for row in layout])
+    axes = figure.subplot_mosaic([list(row) for row in layout], height_ratios=heights)
     for axis in axes.values():
-        style(axis)
+        _style(axis)
     return figure, axes
 
 
@@ -29,7 +34,7 @@ def new_figure(*, columns: int = 1, width: float = 5.0, height: float = 3.6) -> 
     figure = _bare_figure(width * columns, height)
     axes = figure.subplots(1, columns)
     for axis in [axes] if columns == 1 else axes:
-        style(axis)
+        _style(axis)
     return figure, axes
 
 
@@ -48,7 +53,7 @@ def new_panels(
     for axis in axes[count:]:
         axis.remove()
     for axis in axes[:count]:
-        style(axis, narrow)
+        _style(axis, narrow)
     return figure, axes[:count]
 
 
@@ -61,7 +66,7 @@ def _bare_figure(width: float, height: float) -> Any:
     return figure
 
 
-def style(axis: Any, narrow: bool = False) -> None:
+def _style(axis: Any, narrow: bool = False) -> None:
     """A quiet frame and grid, and text that can be read."""
     axis.grid(alpha=0.3)
     axis.set_axisbelow(True)

@@ -228,7 +228,7 @@ def _measures(record: dict[str, Any]) -> set[Hashable]:
     if not record["conditions"]:
         return {head}
     return {
-        (*head, attention_label(each), *(each.get(name) for name in ("context", "task", "dataset", "depth", "task_name",
-                                                                     "metric")))
+        (*head, attention_label(each), *(each.get(name) for name in ("context", "task", "cases", "dataset", "depth",
+                                                                     "task_name", "metric")))
         for each in record["conditions"]
     }  # fmt: skip

@@ -25,8 +25,7 @@ def shares_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
     panels = conditions_of(series)
     figure, axes = new_panels(len(panels), narrow=narrow, height=3.3, below=0.35 if not narrow else 0.8)
     for axis, (name, entry) in zip(axes, panels, strict=True):
-        means = mean_shares(entry)
-        layers = range(len(means["tokens"]))
+        means, layers = mean_shares(entry), layers_of(entry)
         below = [0.0] * len(layers)
         for part in PARTS:
             colour, hatch, edge = _FILLS[part]
@@ -34,7 +33,7 @@ def shares_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
             axis.bar(layers, values, bottom=below, width=0.86, color=colour, hatch=hatch, edgecolor=edge, linewidth=0.4,
                      label=_NAMES[part])  # fmt: skip
             below = [low + value for low, value in zip(below, values, strict=True)]
-        _layer_ticks(axis, len(layers), narrow)
+        axis.set_xticks(layers[:: max(1, -(-len(layers) // (8 if narrow else 16)))])
         axis.set_xlabel("layer")
         axis.set_ylabel("attention, percent")
         axis.set_ylim(0, 100)
@@ -52,10 +51,16 @@ def heads_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
     figure, axes = new_panels(len(panels), narrow=narrow, height=max(3.0, height), columns=2)
     high = max(value for rows in values for row in rows for value in row)
     image = None
-    for axis, (name, _), rows in zip(axes, panels, values, strict=True):
+    for axis, (name, entry), rows in zip(axes, panels, values, strict=True):
         image = annotated_heat_map(axis, rows, low=0, high=max(high, 1e-9), narrow=narrow, panels=min(2, len(panels)))
-        heads, layers = ([str(i) for i in range(count)] for count in (len(rows[0]), len(rows)))
-        label_cells(axis, heads, layers, narrow=narrow, panels=1 if narrow else min(2, len(panels)))
+        heads = [str(i) for i in range(len(rows[0]))]
+        label_cells(
+            axis,
+            heads,
+            [str(layer) for layer in layers_of(entry)],
+            narrow=narrow,
+            panels=1 if narrow else min(2, len(panels)),
+        )
         axis.set_xlabel("head")
         axis.set_ylabel("layer")
         panel_title(axis, name, narrow)
@@ -75,7 +80,8 @@ def similarity_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
     for axis, (name, entry) in zip(axes, panels, strict=True):
         for part, matrices in similarities(entry).items():
             colour, marker, dash = looks[part]
-            axis.plot([mean_off_diagonal(matrix) for matrix in matrices], color=colour, marker=marker, linestyle=dash,
+            means = [mean_off_diagonal(matrix) for matrix in matrices]
+            axis.plot(layers_of(entry), means, color=colour, marker=marker, linestyle=dash,
                       linewidth=1.8, markersize=6, label=_NAMES[part])  # fmt: skip
         axis.set_ylim(min(-0.02, axis.get_ylim()[0]), 1.02)
         axis.set_xlabel("layer")
@@ -97,7 +103,7 @@ def segments_figure(name: str, entry: dict[str, Any], *, narrow: bool = False) -
         label_cells(axis, segments, segments, narrow=narrow, panels=1 if narrow else len(layers))
         axis.set_xlabel("segment")
         axis.set_ylabel("segment")
-        panel_title(axis, f"layer {layer}", narrow)
+        panel_title(axis, f"layer {layers_of(entry)[layer]}", narrow)
     colour_bar(figure, image, axes, "cosine similarity", narrow=narrow)
     return figure
 
@@ -110,6 +116,11 @@ def conditions_of(series: Sequence[Series]) -> list[tuple[str, dict[str, Any]]]:
             context = f", {entry['context']:,} tokens" if len(one.entries) > 1 and entry.get("context") else ""
             panels.append((one.name + context, entry))
     return panels
+
+
+def layers_of(entry: dict[str, Any]) -> list[int]:
+    """Numbers of the layers that were looked at."""
+    return list(entry.get("layer_numbers") or range(len(entry["shares"]["tokens"])))
 
 
 def mean_shares(entry: dict[str, Any]) -> dict[str, list[float]]:
@@ -134,8 +145,3 @@ def similarities(entry: dict[str, Any]) -> dict[str, list[Any]]:
 def mean_off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
     """Over all pairs of different segments."""
     return fmean(value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j)
-
-
-def _layer_ticks(axis: Any, layers: int, narrow: bool) -> None:
-    every = max(1, -(-layers // (8 if narrow else 16)))
-    axis.set_xticks(range(0, layers, every))

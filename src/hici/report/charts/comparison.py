@@ -42,11 +42,13 @@ def comparison_figure(trained: Sequence[Trained], *, narrow: bool = False) -> An
     _draw_perplexity(axes[0], trained)
     panel_title(axes[0], "held-out perplexity (small points: seeds)", narrow)
     if curves:
-        for one in curves:
+        for number, one in enumerate(curves):
             steps = min(map(len, one.curves))
             means = [fmean(losses[i] for losses in one.curves) for i in range(steps)]
+            every = max(1, steps // 6)
             axes[1].plot(range(1, steps + 1), smoothed(means, smoothing_window(steps)), color=one.look.colour,
-                         linestyle=one.look.dash, linewidth=1.8)  # fmt: skip
+                         linestyle=one.look.dash, linewidth=1.6, marker=one.look.marker, markersize=5.5,
+                         markevery=(every * number // len(curves), every))  # fmt: skip
         axes[1].xaxis.get_major_locator().set_params(integer=True)
         axes[1].set_xlabel("optimizer step")
         axes[1].set_ylabel("training loss, nats a token")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hici.report.figures import (
@@ -14,9 +15,18 @@ from hici.report.figures import (
     panel_title,
     plain,
     plain_log_scale,
+    save_figure,
     tokens,
 )
-from hici.report.series import Series, by_context
+from hici.report.series import Series, by_context, series_of
+
+
+def draw_perplexity(target: str | Path, record: dict[str, Any], title: str) -> Path:
+    """The PNG of one result: perplexity against length, or, under protocol position, loss by position."""
+    series = series_of([("", record)])
+    if record["protocol"]["name"] == "position":
+        return save_figure(position_figure(series, title=title), target)
+    return save_figure(perplexity_figure(series, title=title), target)
 
 
 def perplexity_figure(series: Sequence[Series], *, title: str = "", narrow: bool = False) -> Any:
@@ -44,11 +54,11 @@ def perplexity_figure(series: Sequence[Series], *, title: str = "", narrow: bool
     return figure
 
 
-def position_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
+def position_figure(series: Sequence[Series], *, title: str = "", narrow: bool = False) -> Any:
     """Loss by position in the window, a panel a context; 95 % intervals as bands.
 
     Args:
-        series: entries with context and bins: first, last (from 0), mean_loss, interval.
+        series: entries with context and bins: first, last (a position: tokens before it), mean_loss, interval.
     """
     contexts = sorted({entry["context"] for one in series for entry in one.entries})
     below = legend_height(_names(series), narrow=narrow)
@@ -63,9 +73,11 @@ def position_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
         ticks = [2**i for i in range(high % 2, high + 1, 2 if high > 8 else 1)]
         axis.set_xticks(ticks, [tokens(tick) for tick in ticks])
         axis.minorticks_off()
-        axis.set_xlabel("position in the window, tokens")
+        axis.set_xlabel("tokens before the predicted one")
         axis.set_ylabel("loss, nats a token")
         panel_title(axis, f"windows of {context:,} tokens", narrow)
+    if title:
+        figure.suptitle(plain(title), fontsize=11)
     fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
     legend_below(figure, fullest, narrow=narrow)
     return figure
@@ -84,7 +96,7 @@ def error_line(
 
 
 def _draw_bins(axis: Any, bins: list[dict[str, Any]], one: Series) -> None:
-    middles = [math.sqrt(max(1, b["first"] + 1) * (b["last"] + 1)) for b in bins]  # positions from 1, for the log
+    middles = [math.sqrt(max(1, b["first"]) * max(1, b["last"])) for b in bins]
     look = one.look
     axis.plot(middles, [b["mean_loss"] for b in bins], color=look.colour, linestyle=look.dash, marker=look.marker,
               markerfacecolor=look.face, markersize=5.5, linewidth=1.8, label=plain(one.name))  # fmt: skip

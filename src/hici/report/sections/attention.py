@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from hici.report.charts.attention import PARTS, conditions_of, heads_figure, mean_shares, shares_figure, slot_shares
+from hici.report.charts.attention import (
+    PARTS,
+    conditions_of,
+    heads_figure,
+    layers_of,
+    mean_shares,
+    shares_figure,
+    slot_shares,
+)
 from hici.report.gather import Gathered
 from hici.report.numbers import percent
 from hici.report.page import Block, Figure, Table
@@ -56,7 +64,8 @@ def _head_sentences(series: Sequence[Series]) -> list[str]:
         rows = slot_shares(entry["shares"])
         cells = [(share, layer, head) for layer, heads in enumerate(rows) for head, share in enumerate(heads)]
         (most, layer, head), (least, *_) = max(cells), min(cells)
-        ends = f"the most {percent(most)} % in layer {layer}, head {head}; the least {percent(least)} %"
+        where = f"layer {layers_of(entry)[layer]}, head {head}"
+        ends = f"the most {percent(most)} % in {where}; the least {percent(least)} %"
         sentences.append(f"{name}: {ends}.")
     return sentences
 
@@ -65,19 +74,20 @@ def _shares_table(series: Sequence[Series]) -> Table:
     rows = []
     for name, entry in conditions_of(series):
         means = mean_shares(entry)
-        rows += [
-            [name, str(layer), *(percent(means[part][layer], 2) for part in PARTS)]
-            for layer in range(len(means["tokens"]))
-        ]
+        for row, layer in enumerate(layers_of(entry)):
+            rows.append([name, str(layer), *(percent(means[part][row], 2) for part in PARTS)])
     columns = ["run and attention", "layer", "global slots, %", "local slots, %", "tokens, %"]
     return Table("Attention by layer, mean over heads", columns, rows)
 
 
 def _heads_table(series: Sequence[Series]) -> Table:
-    panels = [(name, slot_shares(entry["shares"])) for name, entry in conditions_of(series)]
-    heads = max(len(rows[0]) for _, rows in panels)
-    rows = [[name, str(layer), *(percent(share) for share in shares), *["-"] * (heads - len(shares))]
-            for name, table in panels for layer, shares in enumerate(table)]  # fmt: skip
+    panels = [(name, layers_of(entry), slot_shares(entry["shares"])) for name, entry in conditions_of(series)]
+    heads = max(len(table[0]) for _, _, table in panels)
+    rows = [
+        [name, str(layer), *(percent(share) for share in shares), *["-"] * (heads - len(shares))]
+        for name, layers, table in panels
+        for layer, shares in zip(layers, table, strict=True)
+    ]
     columns = ["run and attention", "layer", *(f"head {i}" for i in range(heads))]
     return Table("Attention to slots by layer and head, percent", columns, rows)
 

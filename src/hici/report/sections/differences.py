@@ -58,9 +58,9 @@ def _table(
     return Table(caption, ["pair", *columns], rows, text_columns=None, notes=notes) if rows else None
 
 
-def _shown(found: Difference | str, digits: int, scale: float = 1.0) -> str:
-    if isinstance(found, str):
-        return found
+def _shown(found: Difference | str | None, digits: int, scale: float = 1.0) -> str:
+    if found is None or isinstance(found, str):
+        return found or MISSING
     bounds = None if found.interval is None else [scale * bound for bound in found.interval]
     interval = "" if bounds is None else f" ({signed_span(bounds, digits)})"
     verdict = f", {found.verdict}" if found.verdict in ("lower", "higher") else ""
@@ -84,7 +84,7 @@ def _perplexity(gathered: Gathered, protocol: str) -> Table | None:
     contexts = sorted({each.condition["context"] for own in found.values() for each in own.values()})
     return _table(
         f"Difference in loss, nats a token, protocol {protocol}: first minus second over the same windows, with a 95 % "
-        f"interval (paired, Student's t). {_WORDS} Lower is better.",
+        f"interval (paired, Student's t over groups that are independent). {_WORDS} Lower is better.",
         [f"{context:,} tokens" for context in contexts],
         {f"{a} minus {b}": cell(a, b) for a, b in _pairs(list(found))},
     )
@@ -116,7 +116,7 @@ def _retrieval_cell(a: Sequence[Measured], b: Sequence[Measured], task: str, con
                    for own in (a, b))  # fmt: skip
     if not left or not right:
         return MISSING
-    reason = differing_protocol(left[0].record, right[0].record)
+    reason = differing_protocol(left[0].record, right[0].record, task)
     depths, others = ({each.condition.get("depth") for each in own} for own in (left, right))
     if reason is None and depths != others:
         reason = "depths"
@@ -124,7 +124,7 @@ def _retrieval_cell(a: Sequence[Measured], b: Sequence[Measured], task: str, con
         return f"not comparable: {reason} differ"
     one, other = (pooled([each.condition for each in own]) for own in (left, right))
     shown = _shown(accuracy_difference(one, other), 1, scale=100)
-    return f"{shown}; {one.right} of {one.samples} against {other.right} of {other.samples}"
+    return f"{shown}; {one.right:g} of {one.samples} against {other.right:g} of {other.samples}"
 
 
 def _longbench(gathered: Gathered) -> Table | None:
@@ -135,7 +135,7 @@ def _longbench(gathered: Gathered) -> Table | None:
         common = [name for name in found[a] if name in found[b]]
         if not common:
             continue
-        reasons = {differing_protocol(found[a][name].record, found[b][name].record) for name in common} - {None}
+        reasons = {differing_protocol(found[a][name].record, found[b][name].record, name) for name in common} - {None}
         if reasons:
             rows.append([f"{a} minus {b}", f"not comparable: {min(map(str, reasons))} differ", MISSING, MISSING])
             continue

@@ -6,25 +6,28 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from hici.report.charts.scores import score_figure
-from hici.report.gather import Gathered
+from hici.report.gather import Gathered, Result
 from hici.report.numbers import MISSING, fixed
 from hici.report.page import Block, Figure, Table
 from hici.report.section import Section
 from hici.report.series import Series, series_of
 
 
-def score_series(gathered: Gathered, field: str, name: str) -> list[Series]:
-    """Results of `hici score` as series: entries {name: key, "score": number} of the result's `field`."""
-    return [
-        Series(result.label, "", f"{result.label}: predictions", gathered.looks[result.label, ""],
-               [{name: key, "score": value} for key, value in result.record[field].items()])
-        for result in gathered.of("score") if result.record.get(field)
-    ]  # fmt: skip
-
-
 def _series(gathered: Gathered) -> list[Series]:
     measured = series_of(gathered.labelled("longbench"), gathered.looks)
-    return measured + score_series(gathered, "scores", "dataset")
+    return measured + [_predictions(gathered, result) for result in gathered.of("score") if result.record.get("scores")]
+
+
+def _predictions(gathered: Gathered, result: Result) -> Series:
+    """A result of `hici score longbench`."""
+    record = result.record
+    metrics, samples = record.get("metrics", {}), record.get("samples", {})
+    entries = [
+        {"dataset": name, "score": score, "metric": metrics.get(name, MISSING), "samples": samples.get(name)}
+        for name, score in record["scores"].items()
+    ]
+    look = gathered.looks[result.label, ""]
+    return Series(result.label, "", f"{result.label}: predictions", look, entries)
 
 
 def _draw(gathered: Gathered) -> list[Block]:

@@ -44,11 +44,18 @@ def _figure(protocol: str, series: Sequence[Series]) -> Figure:
     return Figure(
         f"perplexity-{slug(protocol)}",
         draw,
-        f"{explained} Lower is better; bars are 95 % intervals. Lines lie a little beside each other, so that no bar "
-        "hides another.",
+        f"{explained} Lower is better; bars are 95 % intervals{_methods(series)}. Lines lie a little beside each "
+        "other, so that no bar hides another.",
         f"Perplexity against context, protocol {protocol}. " + " ".join(_sentence(one) for one in series),
         perplexity_table(f"Perplexity, protocol {protocol}", series),
     )
+
+
+def _methods(series: Sequence[Series]) -> str:
+    """ " (bootstrap, unit: document)", where the results say so."""
+    found = dict.fromkeys(entry.get("interval_method") for one in series for entry in one.entries)
+    told = [method for method in found if method]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _sentence(one: Series) -> str:

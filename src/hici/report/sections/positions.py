@@ -22,8 +22,8 @@ def _draw(gathered: Gathered) -> list[Block]:
         Figure(
             "loss-by-position",
             draw,
-            "Mean loss of the tokens at a position, in bins that double; bands are 95 % intervals. A model that uses a "
-            "longer past has a line that goes on falling to the right.",
+            "Mean loss by the number of tokens before the predicted one in its window, in bins that grow; bands are "
+            "95 % intervals. A model that uses a longer past has a line that goes on falling to the right.",
             "Loss by position in the window. " + " ".join(_sentences(series)),
             _table(series),
         )
@@ -45,7 +45,7 @@ def _table(series: Sequence[Series]) -> Table:
          fixed(b["mean_loss"], 4), span(b.get("interval"), 4)]
         for one in series for entry in by_context(one.entries) for b in entry["bins"]
     ]  # fmt: skip
-    columns = ["run and attention", "window", "positions (from 0)", "tokens", "loss, nats", "95 % interval"]
+    columns = ["run and attention", "window", "tokens before it", "tokens", "loss, nats", "95 % interval"]
     return Table("Loss by position", columns, rows)
 
 

@@ -14,7 +14,7 @@ from hici.report.section import Section
 _COLUMNS = ("file", "run", "task", "protocol", "model", "fingerprint", "adapter files", "attention", "visibility",
             "segments", "contexts", "rope", "dtype", "data", "seed", "hici", "git revision", "packages", "time (UTC)",
             "machine")  # fmt: skip
-_NUMBERS = ("conditions", "paired_differences", "answers")  # of a result: not how it was made
+_MADE = ("schema", "task", "protocol", "model", "data", "seed", "processes", "provenance")  # of a result
 
 
 def _draw(gathered: Gathered) -> list[Block]:
@@ -51,7 +51,7 @@ def _row(result: Result) -> list[str | Cell]:
         _joined(whole(each.get("context")) for each in conditions if each.get("context") is not None),
         _rope(model.get("rope")),
         str(model.get("dtype", MISSING)),
-        _short(data.get("sha256")) if data else "generated" if record["seed"] is not None else MISSING,
+        _data(data, record["seed"]),
         MISSING if record["seed"] is None else str(record["seed"]),
         *_made(record["provenance"]),
     ]
@@ -79,8 +79,16 @@ def _made(made: dict[str, Any]) -> list[str | Cell]:
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
-    whole_record = {name: value for name, value in result.record.items() if name not in _NUMBERS}
-    return [("file", str(result.path)), *flatten(whole_record).items()]
+    made = {name: result.record[name] for name in _MADE if name in result.record}
+    return [("file", str(result.path)), *flatten(made).items()]
+
+
+def _data(data: dict[str, Any], seed: int | None) -> str | Cell:
+    """The hash of the data, or of its files; what is drawn from a seed has none."""
+    if not data:
+        return MISSING if seed is None else "generated"
+    found = data.get("sha256")
+    return _hashes(found) if isinstance(found, dict) else _short(found)
 
 
 def _short(value: Any) -> str | Cell:

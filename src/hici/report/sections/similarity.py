@@ -7,6 +7,7 @@ from typing import Any
 
 from hici.report.charts.attention import (
     conditions_of,
+    layers_of,
     mean_off_diagonal,
     segments_figure,
     similarities,
@@ -52,10 +53,13 @@ def _segments(number: int, name: str, entry: dict[str, Any]) -> Figure:
         return segments_figure(name, entry, narrow=narrow)
 
     matrices = similarities(entry)["local"]
-    layers = sorted({0, len(matrices) // 2, len(matrices) - 1})
-    means = ", ".join(f"{fixed(mean_off_diagonal(matrices[layer]), 2)} in layer {layer}" for layer in layers)
-    rows = [[f"layer {layer}, segment {i}", *(fixed(value, 3) for value in row)]
-            for layer, matrix in enumerate(matrices) for i, row in enumerate(matrix, start=1)]  # fmt: skip
+    numbers, shown = layers_of(entry), sorted({0, len(matrices) // 2, len(matrices) - 1})
+    means = ", ".join(f"{fixed(mean_off_diagonal(matrices[row]), 2)} in layer {numbers[row]}" for row in shown)
+    rows = [
+        [f"layer {layer}, segment {i}", *(fixed(value, 3) for value in row)]
+        for layer, matrix in zip(numbers, matrices, strict=True)
+        for i, row in enumerate(matrix, start=1)
+    ]
     columns = ["", *(f"segment {i}" for i in range(1, len(matrices[0]) + 1))]
     return Figure(
         f"slot-similarity-segments-{number}",
@@ -79,8 +83,8 @@ def _table(series: Sequence[Series]) -> Table:
     rows = []
     for name, entry in conditions_of(series):
         found = similarities(entry)
-        for layer in range(max(map(len, found.values()))):
-            means = [fixed(mean_off_diagonal(found[part][layer]), 4) if part in found else MISSING for part in _KINDS]
+        for row, layer in enumerate(layers_of(entry)):
+            means = [fixed(mean_off_diagonal(found[part][row]), 4) if part in found else MISSING for part in _KINDS]
             rows.append([name, str(layer), *means])
     columns = ["run and attention", "layer", *(f"{part} slots" for part in _KINDS)]
     return Table("Mean similarity of two segments", columns, rows)
