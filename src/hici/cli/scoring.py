@@ -12,7 +12,7 @@ from hici.cli.evaluating import measure_with_bar
 def add_score_flags(parser: argparse.ArgumentParser, files: str) -> None:
     """DIR, --output, --overwrite, --compare."""
     parser.add_argument("directory", metavar="DIR", help=f"one model's folder of {files}")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result")
+    parser.add_argument("--output", "--out", metavar="FILE.json", help="write the result")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     parser.add_argument("--compare", metavar="FILE.json", help="show differences from these scores: a result of this "
                         "verb, or {name: score}")  # fmt: skip

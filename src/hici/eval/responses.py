@@ -95,12 +95,13 @@ def responses_plan(directory: str | Path, kind: str) -> Plan:
     """Accuracy for every number of topics or lines. The result's `accuracy` is {N: percent}.
 
     Raises:
-        ValueError: see `find_responses`.
+        ValueError: see `find_responses` and `read_responses`.
     """
     files = find_responses(directory)
+    read = {name: read_responses(path, kind) for name, path in files.items()}
 
     def measure_part(name: str) -> dict[str, Any]:
-        responses = read_responses(files[name], kind)
+        responses = read[name]
         tokens = [response.prompt_tokens for response in responses]
         correct = [is_correct(kind, response) for response in responses]
         return {

@@ -67,13 +67,14 @@ def score_plan(directory: str | Path, *, edit_similarity: str = "levenshtein", a
     """Scores of one model's folder of predictions. The result's `scores` is {dataset: score}.
 
     Raises:
-        ValueError: see `find_predictions` and `Scorer`; a package that is missing.
+        ValueError: see `find_predictions`, `read_predictions` and `Scorer`; a package that is missing.
     """
     files = find_predictions(directory)
     scorer = Scorer(edit_similarity)
     datasets = [get_dataset(name) for name in files]
-    for dataset in datasets:
+    for path, dataset in zip(files.values(), datasets, strict=True):
         scorer.check(dataset)
+        read_predictions(path, dataset, allow_corrupt=allow_corrupt)  # what is wrong is told before work begins
 
     def summarise(parts: dict[str, Any]) -> dict[str, Any]:
         return {
