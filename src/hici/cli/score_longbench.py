@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hici.cli.evaluating import is_first_process
-from hici.cli.scoring import add_score_flags, compared, comparison_notes, read_comparison, scored
+from hici.cli.evaluating import is_first_process, measure_with_bar
+from hici.cli.scoring import add_score_flags, compared, comparison_notes, read_comparison, score_target
 
 _DESCRIPTION = """\
 Score prediction files as LongBench does: DIR/DATASET.jsonl, one sample a line with pred, answers, all_classes, length
@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     """Score, print, write."""
     from hici.eval.longbench.scoring import score_plan
 
-    other = read_comparison(args, "scores")
+    target, other = score_target(args), read_comparison(args, "scores")
     plan = score_plan(args.directory, edit_similarity=args.edit_similarity, allow_corrupt=args.allow_corrupt)
-    record = scored(args, plan)
+    record = measure_with_bar(args, plan, target, "scoring")
     if is_first_process():
         _print(args, record, other)
     return 0

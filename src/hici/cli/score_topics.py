@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hici.cli.evaluating import is_first_process
-from hici.cli.scoring import add_score_flags, compared, comparison_notes, read_comparison, scored
+from hici.cli.evaluating import is_first_process, measure_with_bar
+from hici.cli.scoring import add_score_flags, compared, comparison_notes, read_comparison, score_target
 
 _DESCRIPTION = """\
 Score LongEval's topic predictions: DIR/N_response.txt for N topics, one sample a line as
@@ -35,8 +35,8 @@ def run_responses(args: argparse.Namespace, kind: str) -> int:
     """Score, print, write, for topics or lines."""
     from hici.eval.responses import responses_plan
 
-    other = read_comparison(args, "accuracy")
-    record = scored(args, responses_plan(args.directory, kind))
+    target, other = score_target(args), read_comparison(args, "accuracy")
+    record = measure_with_bar(args, responses_plan(args.directory, kind), target, "scoring")
     if is_first_process():
         _print(args, record, kind, other)
     return 0

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-from hici.cli.evaluating import measure_with_bar
 
 
 def add_score_flags(parser: argparse.ArgumentParser, files: str) -> None:
@@ -18,14 +15,15 @@ def add_score_flags(parser: argparse.ArgumentParser, files: str) -> None:
                         "verb, or {name: score}")  # fmt: skip
 
 
-def scored(args: argparse.Namespace, plan: Any) -> dict[str, Any]:
-    """The result of a plan of scores, written where --output says."""
+def score_target(args: argparse.Namespace) -> Path | None:
+    """The result's path from --output, checked; None without --output."""
     from hici.eval.measure import check_target
 
-    if args.output is None and args.overwrite:
-        raise ValueError("--overwrite is for --output only; drop it")
-    target = None if args.output is None else check_target(Path(args.output).expanduser())
-    return measure_with_bar(args, plan, target, "scoring")
+    if args.output is None:
+        if args.overwrite:
+            raise ValueError("--overwrite is for --output only; drop it")
+        return None
+    return check_target(Path(args.output).expanduser())
 
 
 def read_comparison(args: argparse.Namespace, field: str) -> dict[str, float] | None:

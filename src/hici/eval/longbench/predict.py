@@ -110,11 +110,7 @@ def prediction_plan(
             "packages": scorer.versions([each.dataset for each in chosen.values()]),
         },
         model=about,
-        data={
-            "files": {name: str(each.path) for name, each in chosen.items()},
-            "sha256": {name: file_sha256(each.path) for name, each in chosen.items()},
-            "samples": {name: len(each.samples) for name, each in chosen.items()},
-        },
+        data=_describe_data(chosen),
         seed=None,
         parts=[f"{a}/{name}/{i}" for a in attentions for name, each in chosen.items() for i in each.indices],
         measure_part=run.measure_part,
@@ -148,6 +144,14 @@ def write_predictions(
 def folder_name(condition: dict[str, Any]) -> str:
     """The attention's label as a folder: "full", "hici-past", "hici-all-not-causal"."""
     return re.sub(r"[^a-z0-9]+", "-", attention_label(condition)).strip("-")
+
+
+def _describe_data(chosen: dict[str, Chosen]) -> dict[str, Any]:
+    return {
+        "files": {name: str(each.path) for name, each in chosen.items()},
+        "sha256": {name: file_sha256(each.path) for name, each in chosen.items()},
+        "samples": {name: len(each.samples) for name, each in chosen.items()},
+    }
 
 
 class _Run:
