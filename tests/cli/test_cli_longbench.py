@@ -148,6 +148,7 @@ def test_stop_tokens(model, tokenizer):
 
 def test_samsum_ends_at_a_newline(model, tokenizer, tmp_path, monkeypatch):
     """Only there; all are greedy and of LongBench's generation length, in a session of their own."""
+    pytest.importorskip("rouge", reason="samsum's scores need it")
     calls = []
 
     def spy(session, tokenizer, ids, **settings):
@@ -166,6 +167,7 @@ def test_samsum_ends_at_a_newline(model, tokenizer, tmp_path, monkeypatch):
 
 
 def test_default_length_is_what_the_positions_leave(model, tokenizer, tmp_path):
+    pytest.importorskip("rouge", reason="samsum's scores need it")
     chosen = choose_samples(find_data([write_data(tmp_path / "data", hotpotqa=1, samsum=1)]))
     datasets = prediction_plan(model, tokenizer, {}, chosen).protocol["datasets"]
     assert [each["max_length"] for each in datasets.values()] == [640 - 32, 640 - 128]
@@ -220,6 +222,24 @@ def test_both_attentions(hici_command, adapter_directory, data, tmp_path):
     assert again.status == 0, again.err
     assert again.out == done.out
     assert "holds this very measurement already" in again.err
+
+
+def test_not_causal_stands_beside_the_scores(hici_command, adapter_directory, data, tmp_path):
+    done = hici_command("eval", "longbench", adapter_directory, "--data", data, "--datasets", "trec", "--max-samples",
+                        1, "--attention", "hici", "--visibility", "all", "--out", tmp_path)  # fmt: skip
+    assert done.status == 0, done.err
+    assert "hici, all (not causal)" in done.out
+    assert (tmp_path / "predictions" / "hici-all-not-causal" / "trec.jsonl").is_file()
+
+
+def test_an_attention_that_cannot_generate_is_refused_before_the_first_prompt(
+    hici_command, adapter_directory, data, tmp_path
+):
+    done = hici_command("eval", "longbench", adapter_directory, "--data", data, "--attention", "full", "hici",
+                        "--num-segments", 3, "--out", tmp_path)  # fmt: skip
+    assert done.status == 2
+    assert "num_segments=3 with a HiCICache" in done.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_prediction_is_that_of_a_direct_call(hici_command, base_directory, tokenizer, data, tmp_path):

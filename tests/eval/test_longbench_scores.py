@@ -20,6 +20,9 @@ from hici.eval.longbench.scorer import METRICS, Scorer
 from hici.eval.longbench.scoring import by_length, percent, score_file, score_plan
 from hici.eval.measure import measure
 
+for package in ("rouge", "jieba", "rapidfuzz"):
+    pytest.importorskip(package, reason="LongBench's scores need it: pip install 'hici[scores]'")
+
 MODELS = ("longalpaca-7b-16k", "my-sft-16k")
 DATASETS = [name for name in load_datasets() if not name.endswith("_e")]
 SLOW = ("gov_report", "multi_news")  # long summaries: rouge takes 5 to 10 s for each model
