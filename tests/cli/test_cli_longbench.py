@@ -232,6 +232,19 @@ def test_not_causal_stands_beside_the_scores(hici_command, adapter_directory, da
     assert (tmp_path / "predictions" / "hici-all-not-causal" / "trec.jsonl").is_file()
 
 
+@pytest.mark.parametrize("flags, below", [([], 0), (["--chat"], 3)])
+def test_prompts_cut_for_the_chat_template_are_counted(hici_command, base_directory, data, tmp_path, flags, below):
+    """The default length leaves no room for a template; two datasets have none."""
+    done = hici_command("eval", "longbench", base_directory, "--data", data, "--out", tmp_path, *flags)
+    assert done.status == 0, done.err
+    conditions = json.loads((tmp_path / "longbench.json").read_text())["conditions"]
+    assert [(c["dataset"], c["cut"]) for c in conditions] == [("hotpotqa", 3), ("trec", 2)]
+    assert conditions[0]["cut_below_max_length"] == below
+    counted = sum(condition["cut_below_max_length"] for condition in conditions)
+    assert (f"{counted} prompts were cut below max_length" in done.out) == (counted > 0)
+    assert all(p["prompt_tokens"] <= c["max_length"] for c in conditions for p in c["predictions"])
+
+
 def test_an_attention_that_cannot_generate_is_refused_before_the_first_prompt(
     hici_command, adapter_directory, data, tmp_path
 ):
