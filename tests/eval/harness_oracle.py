@@ -1,11 +1,11 @@
 """Log-likelihoods of whole documents by lm-evaluation-harness's own model and windows. Nothing here is a test.
 
 What lm-eval 0.4.13 does for a document:
-* tokens: `tokenizer.encode(text)` with the tokenizer's own special tokens, unless the text begins with the prefix token's
-  text; so a tokenizer that puts BOS before every text has it among the tokens, and that BOS is scored.
+* tokens: `tokenizer.encode(text)` with the tokenizer's own special tokens, unless the text begins with the prefix
+  token's text; so a tokenizer that puts BOS before every text has it among the tokens, and that BOS is scored.
 * prefix: the tokenizer's BOS where it has one, else its EOS, whether or not the tokenizer adds it itself.
-* windows of C tokens: the first reads the prefix and tokens 0..C-2 and scores tokens 0..C-1. Each later one scores the next
-  `stride` tokens, the last one those that are left; each reads the C tokens before its last target, so the last
+* windows of C tokens: the first reads the prefix and tokens 0..C-2 and scores tokens 0..C-1. Each later one scores the
+  next `stride` tokens, the last one those that are left; each reads the C tokens before its last target, so the last
   window reads tokens that were read before, and has a whole context.
 """
 

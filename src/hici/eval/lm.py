@@ -43,6 +43,8 @@ def lm_plan(
 ) -> Plan:
     """A measurement of `tasks` under every one of `attentions`; all tasks are loaded here, so that none fails late.
 
+    Measuring seeds the generators of Python, NumPy and torch, and leaves the model in the last attention.
+
     Args:
         model, tokenizer: a causal LM in any form; prepared for `attentions`.
         tasks: names of tasks, groups or tags, or YAML files. Groups and tags are taken apart; a group that has a

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind
+from lm_eval.tasks._index import Kind, TaskIndex
 
 from hici.models.load import first_line
 
@@ -35,23 +35,22 @@ def task_manager(names: Sequence[str], include_path: str | Path | None = None) -
     """lm-eval's index of tasks, in which every one of `names` is found: a task, group, tag, or a YAML file.
 
     Args:
-        include_path: a directory of task files of one's own; they come before lm-eval's of the same name. When it
-            holds all the names, lm-eval's own (14,000, some seconds) are not read.
+        include_path: a directory of task files of one's own; they come before lm-eval's of the same name. Where all
+            the names are tasks of one's own, lm-eval's (14,000, some seconds) are not read.
 
     Raises:
         ValueError: no such directory; an unknown name (with the nearest known ones).
     """
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise ValueError(f"include_path={include_path} (--include-path) is no directory; give the one that holds "
-                             "the tasks' YAML files")  # fmt: skip
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        # a group or tag of one's own may reach into lm-eval's tasks
-        if all(name in own.all_subtasks for name in names):
-            return own
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path={include_path} (--include-path) is no directory; give the one that holds the "
+                         "tasks' YAML files")  # fmt: skip
+    own = TaskManager(include_path=include_path, include_defaults=False)
+    # a group or tag of one's own may reach into lm-eval's tasks
+    if all(name in own.all_subtasks or _file_kind(name) in (Kind.TASK, Kind.PY_TASK) for name in names):
+        return own
     manager = TaskManager(include_path=include_path)
     for name in names:
-        if name not in manager.task_index and not _is_task_file(name):
+        if name not in manager.task_index and _file_kind(name) is None:
             raise ValueError(unknown_task(name, manager.all_tasks))
     return manager
 
@@ -154,8 +153,11 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
         ) from error
 
 
-def _is_task_file(name: str) -> bool:
-    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+def _file_kind(name: str) -> Kind | None:
+    """What a YAML file defines; None where the name is that of no such file."""
+    path = Path(name)
+    entry = TaskIndex.entry_from_path(path) if path.suffix in (".yaml", ".yml") and path.is_file() else None
+    return None if entry is None else entry.kind
 
 
 def _stable_json(value: Any) -> str:
