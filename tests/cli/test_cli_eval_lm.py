@@ -246,7 +246,7 @@ def test_a_chat_template_changes_the_prompt(eval_lm, base_directory, tokenizer, 
     without = copy.deepcopy(tokenizer)
     without.chat_template = None
     with pytest.raises(ValueError, match="the tokenizer has no chat template; drop it"):
-        lm_module.lm_plan(None, without, ["my_choice"], apply_chat_template=True)
+        lm_module.lm_plan(None, without, None, apply_chat_template=True)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -351,7 +351,8 @@ def test_library_alone(task_files, base_directory, tokenizer, tmp_path, monkeypa
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     model = AutoModelForCausalLM.from_pretrained(base_directory)
-    plan = lm_module.lm_plan(model, tokenizer, [str(task_files / "my_text.yaml")])  # by its file
+    tasks = tasks_module.load_tasks([str(task_files / "my_text.yaml")])  # by its file
+    plan = lm_module.lm_plan(model, tokenizer, tasks)
     assert (plan.parts, plan.model) == (["full/my_text"], None)
     perplexity, bits = measure(plan)["conditions"]
     nats = -sum(

@@ -110,8 +110,9 @@ def test_slots_move_log_likelihoods(harness_model, adapter):
     assert min(abs(scores[0] - scores[1]), abs(scores[1] - scores[2]), abs(scores[0] - scores[2])) > 1e-3
 
 
-@pytest.mark.parametrize("attention", ["full", "hici"])
-def test_generation_is_that_of_each_prompt_alone(harness_model, adapter, tokenizer, attention):
+@pytest.mark.parametrize("attention, visibility", [("full", "past"), ("hici", "past"), ("hici", "all")])
+def test_generation_is_that_of_each_prompt_alone(harness_model, adapter, tokenizer, attention, visibility):
+    hici.reconfigure(adapter, visibility=visibility)
     prompts = ["the cat runs quickly under the blue tree and then the dog", "a river", "the old house sings " * 20]
     settings = {"until": ["\n"], "max_gen_toks": 12}
     lm = harness_model(attention, batch_size=2)

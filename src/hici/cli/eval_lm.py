@@ -82,23 +82,28 @@ def run(args: argparse.Namespace) -> int:
     if args.rope != "none" and args.max_length is None:
         raise ValueError(f"--rope {args.rope} extends to --max-length, which is not given; give it, or drop --rope")
     target = result_target(args, RESULT, picture=False)
-    loaded = load_for_evaluation(args, args.max_length)
+    from hici.eval.harness.tasks import load_tasks
+
     with _harness_kept_quiet(args.verbose):
+        tasks = load_tasks(  # before the model: a wrong name need not wait for that
+            args.tasks,
+            include_path=None if args.include_path is None else Path(args.include_path).expanduser(),
+            num_fewshot=args.num_fewshot,
+            seed=args.seed,
+            unsafe=args.run_unsafe_code,
+        )
+        loaded = load_for_evaluation(args, args.max_length)
         plan = lm_plan(
             loaded.model,
             loaded.tokenizer,
-            args.tasks,
+            tasks,
             args.attention,
             about=loaded.about,
-            num_fewshot=args.num_fewshot,
             limit=args.limit,
             batch_size=args.batch_size,
             max_length=args.max_length,
             allow_beyond_rope=args.allow_beyond_rope,
-            include_path=None if args.include_path is None else Path(args.include_path).expanduser(),
             apply_chat_template=args.apply_chat_template,
-            unsafe=args.run_unsafe_code,
-            seed=args.seed,
         )
         record = measure_with_bar(args, plan, target, "tasks")
     if is_first_process():
@@ -167,7 +172,7 @@ def _harness_kept_quiet(verbose: bool) -> Iterator[None]:
     finally:
         harness.removeHandler(counter)
         harness.propagate = before
-    if counter.count:
+    if counter.count and is_first_process():
         logger.warning("lm-eval logged %d warnings; --verbose shows them", counter.count)
 
 

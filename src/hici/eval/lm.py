@@ -7,12 +7,14 @@ import importlib.util
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hici.eval.conditions import describe_condition
 from hici.eval.measure import Plan
 from hici.models.modes import set_attention
+
+if TYPE_CHECKING:
+    from hici.eval.harness.tasks import Tasks
 
 NAME = "lm-evaluation-harness"
 _NO_METRIC = ("name", "alias", "sample_len", "sample_count")
@@ -27,79 +29,52 @@ def check_installed() -> None:
 def lm_plan(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: Tasks,
     attentions: Sequence[str] = ("full",),
     *,
     about: dict[str, Any] | None = None,
-    num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 1,
     max_length: int | None = None,
     allow_beyond_rope: bool = False,
-    include_path: str | Path | None = None,
     apply_chat_template: bool = False,
-    unsafe: bool = False,
-    seed: int | None = None,
 ) -> Plan:
-    """A measurement of `tasks` under every one of `attentions`; all tasks are loaded here, so that none fails late.
+    """A measurement of `tasks` under every one of `attentions`. A group that has a number of its own gets one.
 
     Measuring seeds the generators of Python, NumPy and torch, and leaves the model in the last attention.
 
     Args:
         model, tokenizer: a causal LM in any form; prepared for `attentions`.
-        tasks: names of tasks, groups or tags, or YAML files. Groups and tags are taken apart; a group that has a
-            number of its own gets one.
+        tasks: see `hici.eval.harness.tasks.load_tasks`.
         about: what a result says of the model.
-        num_fewshot: examples before each question; None: as each task says.
         limit: documents of each task at most, the first ones.
         batch_size: texts read together.
         max_length, allow_beyond_rope: see `hici.eval.harness.HiCIModel`.
-        include_path: a directory with task files of one's own.
         apply_chat_template: prompts as a conversation, examples as its turns.
-        unsafe: permit tasks that run code which the model has written.
-        seed: of everything that lm-eval draws; None: its own defaults, as its command has them.
 
     Raises:
-        ValueError: lm-eval is not installed; an unknown task, or data that are not there; several texts at once where
-            segments depend on the batch; a max_length beyond the rope settings; no chat template.
+        ValueError: several texts at once where segments depend on the batch; a max_length beyond the rope settings; no
+            chat template.
     """
-    check_installed()
     from hici.eval.harness.model import HiCIModel
-    from hici.eval.harness.tasks import Seeds, describe_documents, describe_task, load_tasks, plant_seeds, task_manager
+    from hici.eval.harness.tasks import describe_documents, plant_seeds
 
     if apply_chat_template and not tokenizer.chat_template:
         raise ValueError("apply_chat_template (--apply-chat-template), but the tokenizer has no chat template; drop it")
-    seeds = Seeds() if seed is None else Seeds(seed, seed, seed, seed)
-    manager = task_manager(tasks, include_path)
-    loaded = load_tasks(manager, tasks, seeds=seeds, num_fewshot=num_fewshot, unsafe=unsafe)
-    names = list(loaded["tasks"])
     models = {
         attention: HiCIModel(model, attention, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length,
                              allow_beyond_rope=allow_beyond_rope, progress=False)
         for attention in attentions
     }  # fmt: skip
-    parts = {f"{attention}/{name}": (attention, name) for attention in attentions for name in names}
-    first = models[attentions[0]]
-    protocol = {
-        "name": NAME,
-        "version": importlib.metadata.version("lm_eval"),
-        "asked": list(tasks),
-        "tasks": {name: describe_task(loaded["tasks"][name]) for name in names},
-        "limit": limit,
-        "batch_size": batch_size,
-        "max_length": first.max_length,
-        "apply_chat_template": apply_chat_template,
-        "prefix_token": {"id": first.prefix_token_id, "text": first.tok_decode(first.prefix_token_id, False)},
-        "seeds": seeds._asdict(),
-    }
+    parts = {f"{attention}/{name}": (attention, name) for attention in attentions for name in tasks.tasks}
 
     def measure_part(part: str) -> dict[str, Any]:
         attention, name = parts[part]
         set_attention(model, attention)
-        task = loaded["tasks"][name]
-        plant_seeds(seeds, task)  # what a task draws must not depend on what was measured before
+        task = tasks.tasks[name]
+        plant_seeds(tasks.seeds, task)  # what a task draws must not depend on what was measured before
         value = _evaluate(
-            models[attention], name, task, limit=limit, apply_chat_template=apply_chat_template, unsafe=unsafe
+            models[attention], name, task, limit=limit, apply_chat_template=apply_chat_template, unsafe=tasks.unsafe
         )
         return {"condition": describe_condition(model, None), **value}
 
@@ -107,20 +82,37 @@ def lm_plan(
         conditions = []
         for attention in attentions:
             mine = {name: value for part, value in values.items() for of, name in [parts[part]] if of == attention}
-            for name, value in (mine | _groups(loaded["groups"], mine)).items():
+            for name, value in (mine | _groups(tasks.groups, mine)).items():
                 conditions += _conditions(name, value)
         return {"conditions": conditions}
 
     return Plan(
         task="lm",
-        protocol=protocol,
+        protocol=_protocol(tasks, models[attentions[0]], limit, apply_chat_template),
         model=about,
-        data={"tasks": {name: describe_documents(loaded["tasks"][name]) for name in names}},
-        seed=seeds.few_shot,
+        data={"tasks": {name: describe_documents(task) for name, task in tasks.tasks.items()}},
+        seed=tasks.seeds.few_shot,
         parts=list(parts),
         measure_part=measure_part,
         summarise=summarise,
     )
+
+
+def _protocol(tasks: Tasks, lm: Any, limit: int | None, apply_chat_template: bool) -> dict[str, Any]:
+    from hici.eval.harness.tasks import describe_task
+
+    return {
+        "name": NAME,
+        "version": importlib.metadata.version("lm_eval"),
+        "asked": tasks.asked,
+        "tasks": {name: describe_task(task) for name, task in tasks.tasks.items()},
+        "limit": limit,
+        "batch_size": lm.batch_size,
+        "max_length": lm.max_length,
+        "apply_chat_template": apply_chat_template,
+        "prefix_token": {"id": lm.prefix_token_id, "text": lm.tok_decode(lm.prefix_token_id, False)},
+        "seeds": tasks.seeds._asdict(),
+    }
 
 
 def _evaluate(

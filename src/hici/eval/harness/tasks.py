@@ -31,6 +31,16 @@ class Seeds(NamedTuple):
     few_shot: int = 1234
 
 
+class Tasks(NamedTuple):
+    """What is asked for, loaded: `tasks` {name: task of lm-eval}, and the `groups` that they came in {name: group}."""
+
+    asked: list[str]
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    seeds: Seeds
+    unsafe: bool
+
+
 def task_manager(names: Sequence[str], include_path: str | Path | None = None) -> TaskManager:
     """lm-eval's index of tasks, in which every one of `names` is found: a task, group, tag, or a YAML file.
 
@@ -74,28 +84,39 @@ def matching_tasks(pattern: str, include_path: str | Path | None = None) -> list
 
 
 def load_tasks(
-    manager: TaskManager, names: Sequence[str], *, seeds: Seeds, num_fewshot: int | None = None, unsafe: bool = False
-) -> dict[str, Any]:
-    """lm-eval's {"tasks": {name: task}, "groups": {name: group}, ...}, groups and tags taken apart, with their data.
+    names: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    seed: int | None = None,
+    unsafe: bool = False,
+) -> Tasks:
+    """Tasks with their data; groups and tags are taken apart.
 
     Seeds the generators of Python, NumPy and torch, as lm-eval does: some tasks draw when they are loaded.
 
     Args:
+        names: of tasks, groups or tags, or YAML files.
+        include_path: a directory with task files of one's own.
         num_fewshot: examples before each question; None: as each task says. A task that is set to 0 stays so.
+        seed: of everything that lm-eval draws; None: its own defaults.
         unsafe: permit tasks that run code which the model has written.
 
     Raises:
-        ValueError: data that are not there; a task that needs a package, images, or `unsafe`; one named twice.
+        ValueError: an unknown name; data that are not there; a task that needs a package, images, or `unsafe`; one
+            named twice.
     """
+    seeds = Seeds() if seed is None else Seeds(seed, seed, seed, seed)
+    manager = task_manager(names, include_path)
     plant_seeds(seeds)
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    found = Tasks(list(names), {}, {}, seeds, unsafe)
     for name in names:
         part = _load(manager, name)
-        for twice in part["tasks"].keys() & loaded["tasks"].keys():
+        for twice in part["tasks"].keys() & found.tasks.keys():
             raise ValueError(f"task {twice!r} is asked for twice, once by {name!r}; name it once")
-        for kind, entries in loaded.items():
-            entries.update(part.get(kind, {}))
-    for name, task in loaded["tasks"].items():
+        found.tasks.update(part["tasks"])
+        found.groups.update(part.get("groups", {}))
+    for name, task in found.tasks.items():
         if getattr(task, "UNSAFE_CODE", False) and not unsafe:
             raise ValueError(f"task {name!r} runs code that the model has written, with all that you may do; give "
                              "--run-unsafe-code if this machine may bear it")  # fmt: skip
@@ -104,7 +125,7 @@ def load_tasks(
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    return loaded
+    return found
 
 
 def plant_seeds(seeds: Seeds, task: Any = None) -> None:
