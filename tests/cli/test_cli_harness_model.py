@@ -17,8 +17,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import hici
+from adapter_models import IDS, make_base, make_trained
 from hici.eval.harness import HiCIModel
 from hici.models.lookup import get_causal_lm
+from hici.models.modes import set_attention
 
 PAIRS = [
     ("the old house", " sings"),
@@ -251,3 +253,16 @@ def test_lm_evals_python_interface(adapter_directory, adapter, tmp_path, monkeyp
 
 def test_registered():
     assert get_model("hici") is HiCIModel
+
+
+def test_weights_that_peft_keeps_in_two_places(tokenizer, tmp_path):
+    """Tied embeddings with a trained copy: lm-eval's own model would tie them anew, and fails on them."""
+    model = make_trained(make_base(tmp_path, tie=True), tie=True)
+    set_attention(model, "hici")
+    with torch.no_grad():
+        scores = model(IDS[:1]).logits[0].double().log_softmax(-1)
+    lm = HiCIModel(model, tokenizer=tokenizer, progress=False)
+    ids = IDS[0].tolist()
+    ((found, _),) = lm._loglikelihood_tokens([(None, ids[:30], ids[30:])])
+    expected = scores[29:-1].gather(1, IDS[0, 30:, None]).sum().item()
+    assert found == pytest.approx(expected, abs=1e-4)
