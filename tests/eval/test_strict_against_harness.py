@@ -4,12 +4,16 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from harness_oracle import harness_model, harness_rolling_loss
 from helpers import tiny_model
+from hici.data.stream import Document
+from hici.eval.measure import measure
+from hici.eval.protocols import make_text, perplexity_plan
 
 WORDS = [f"w{i}" for i in range(60)]
 PREFIX, EOS = 60, 61
@@ -72,3 +76,19 @@ def test_prefix_token(model, bos, adds_bos, prefix, first):
     assert harness_model(model, tokenizer, 16).prefix_token_id == prefix
     found, counted = harness_rolling_loss(model, tokenizer, [text], 16)
     assert (found, counted) == (pytest.approx(direct_loss(model, prefix, ids, 16, 16), abs=1e-4), len(ids))
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+@pytest.mark.parametrize("bos", [True, False])
+def test_strict_perplexity_is_the_harness_s(model, bos, stride):
+    """From the texts on, each in its own way."""
+    tokenizer = make_tokenizer(bos)
+    texts = [document(count, seed) for seed, count in enumerate((40, 9, 17))]
+    score, counted = harness_rolling_loss(model, tokenizer, texts, 16, stride)
+    documents = [Document(np.array(tokenizer.encode(text, add_special_tokens=False)), True) for text in texts]
+    text = make_text(documents, "strict", bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    (condition,) = measure(perplexity_plan(model, text, "strict", [16], ["full"], stride=stride, about={}))[
+        "conditions"
+    ]
+    assert condition["tokens_scored"] == counted == 66
+    assert condition["mean_loss"] == pytest.approx(-score / counted, abs=1e-6)
