@@ -29,7 +29,7 @@ _DESCRIPTION = f"""\
 Tasks of lm-evaluation-harness (pip install 'hici[lm-eval]'), measured by its own code; a model type "hici" for that
 harness's own command is in `python -m hici.eval.harness`.
 
-Log-likelihoods are computed in float32. A task whose data are not on this machine is fetched by the harness from the
+The softmax is taken in float32. A task whose data are not on this machine is fetched by the harness from the
 hub; HF_HUB_OFFLINE=1 forbids that, and then only what lies in the cache (HF_HOME) and local files can be measured.
 Tasks of your own: YAML files in a directory, --include-path.
 

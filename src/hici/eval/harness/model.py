@@ -47,7 +47,7 @@ class _Outline(NamedTuple):
 class HiCIModel(HFLM):
     """lm-eval's `hf`, with hici's loading and attention modes.
 
-    Log-likelihoods are computed in float32 from the hidden states of the scored tokens alone: no [B, T, vocabulary]
+    Log-likelihoods: a softmax in float32, from the hidden states of the scored tokens alone: no [B, T, vocabulary]
     logits are held, and one input with several last tokens (answers of one token) is read once.
 
     Attributes:
