@@ -1,0 +1,207 @@
+"""The table and the picture of a result of `hici inspect` (see `hici.eval.inspection`)."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hici.eval.conditions import attention_label
+from hici.report.figures import new_mosaic, save_figure
+from hici.report.tables import integer, print_table
+
+# names, places on the colour map, and hatches: told apart without colour vision and in grey print
+_PARTS = (
+    ("global slots", 0.0, "//"),
+    ("local slots", 0.4, ".."),
+    ("first token of the segment", 0.75, "xx"),
+    ("other tokens of the segment", 1.0, ""),
+)
+_NUMBERS_UP_TO = 8  # segments whose similarities are also written into the cells
+_TICKS = 9  # about so many on an axis
+
+
+def print_inspection(record: dict[str, Any]) -> None:
+    """Shares of each layer as a table on stdout, means over heads with the least and the greatest head."""
+    (condition,) = record["conditions"]
+    shares = {name: np.array(each) for name, each in condition["shares"].items()}
+    first = np.array(condition["first_token"])
+    rows = []
+    for row, number in enumerate(condition["layer_numbers"]):
+        heads = [_percent_range(shares[name][row]) for name in ("global", "local", "tokens")]
+        rows.append([str(number), *heads, _percent(first[row].mean())])
+    means = [_percent(shares[name].mean()) for name in ("global", "local", "tokens")]
+    rows.append(["mean", *means, _percent(first.mean())])
+    columns = ["layer", "global slots (heads)", "local slots (heads)", "tokens (heads)", "of it the first token"]
+    print_table(_title(record, condition), columns, rows, _notes(condition))
+
+
+def draw_inspection(target: str | Path, record: dict[str, Any]) -> Path:
+    """A PNG: the slots' share by layer and head, all shares by layer and by segment, and how alike slots are."""
+    (condition,) = record["conditions"]
+    numbers = condition["layer_numbers"]
+    figure, axes = new_mosaic(
+        [["heads", "heads", "layers", "layers", "segments", "segments"],
+         ["local", "local", "global", "global", "alike", "alike"]],
+        width=16.0, height=9.6,
+    )  # fmt: skip
+    _draw_heads(figure, axes["heads"], condition, numbers)
+    first = np.array(condition["first_token"]).mean(1)
+    by_layer = [np.array(condition["shares"][name]).mean(1) for name in ("global", "local", "tokens")]
+    _draw_stack(axes["layers"], [*by_layer[:2], first, by_layer[2] - first], numbers, "layer")
+    axes["layers"].set_title("by layer, mean over heads")
+    by_segment = {name: np.array(each).mean(0) for name, each in condition["by_segment"].items()}
+    parts = [by_segment["global"], by_segment["local"], by_segment["first_token"]]
+    _draw_stack(axes["segments"], [*parts, by_segment["tokens"] - parts[2]], range(1, len(parts[0]) + 1), "segment")
+    axes["segments"].set_title("by segment, mean over layers and heads")
+    _draw_similarity(figure, axes["local"], condition, "local")
+    _draw_similarity(figure, axes["global"], condition, "global")
+    _draw_alike(axes["alike"], condition, numbers)
+    handles, labels = axes["layers"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=2.5, handleheight=1.4)
+    figure.suptitle("\n".join(textwrap.wrap(_title(record, condition), 130)), fontsize=14)
+    return save_figure(figure, target)
+
+
+def _title(record: dict[str, Any], condition: dict[str, Any]) -> str:
+    windows = len(record["protocol"]["windows"]["starts"])
+    model = (record["model"] or {}).get("path", "a model")
+    return (
+        f"Attention of {model} ({attention_label(condition)}): {integer(condition['context'])} tokens in "
+        f"{condition['segments']} segments of {integer(condition['segment_size'])}, "
+        + ("1 window" if windows == 1 else f"mean of {windows} windows")
+    )
+
+
+def _notes(condition: dict[str, Any]) -> list[str]:
+    segments, with_slots = condition["segments"], "all segments"
+    notes = []
+    if condition["visibility"] == "past":
+        with_slots = "segment 2" if segments == 2 else f"segments 2 to {segments}"
+        everywhere = {name: np.mean(each) for name, each in condition["shares_all_tokens"].items()}
+        notes.append(
+            "Segment 1 has no slots. With its tokens counted: "
+            + ", ".join(f"{name} {_percent(everywhere[name])}" for name in ("global", "local", "tokens"))
+            + "."
+        )
+    notes.insert(0, f"Mean over the query tokens of {with_slots}; in brackets the least and the greatest head.")
+    windows = np.array([condition["by_window"][kind] for kind in ("global", "local")])  # [kind, layer or window]
+    spread = windows.sum(0)
+    if len(spread) > 1:
+        notes.append(f"Slots together, window by window: {_percent(spread.min())} to {_percent(spread.max())}.")
+    for kind in ("local", "global"):
+        across, within = _across(condition["slot_similarity"][kind]), _numbers(condition["slot_likeness"][kind])
+        facts = [
+            f"{what} {np.nanmean(values):.3f}"
+            for what, values in (("of two segments", across), ("of two slots in a segment", within))
+            if np.isfinite(values).any()
+        ]
+        if facts:
+            notes.append(f"Cosine of {kind} slots: {', '.join(facts)} (mean over layers).")
+    return notes
+
+
+def _draw_heads(figure: Any, axis: Any, condition: dict[str, Any], numbers: Sequence[int]) -> None:
+    slots = 100 * (np.array(condition["shares"]["global"]) + np.array(condition["shares"]["local"]))
+    image = axis.imshow(slots, cmap="cividis", vmin=0, aspect="auto", interpolation="nearest", origin="lower")
+    axis.grid(False)
+    _ticks(axis.set_yticks, numbers)
+    _ticks(axis.set_xticks, range(slots.shape[1]))
+    axis.set_xlabel("head")
+    axis.set_ylabel("layer")
+    axis.set_title("attention to slots, global and local")
+    figure.colorbar(image, ax=axis, label="% of the attention")
+
+
+def _draw_stack(axis: Any, parts: Sequence[np.ndarray], numbers: Sequence[int], what: str) -> None:
+    places, below = np.arange(len(numbers)), np.zeros(len(numbers))
+    for values, (name, place, hatch) in zip(parts, _PARTS, strict=True):
+        # the outline is the hatch's colour: light on the dark end of the colour map
+        axis.bar(places, 100 * values, bottom=below, width=0.9, label=name, color=_colour(place), hatch=hatch,
+                 edgecolor="white" if place < 0.5 else "black", linewidth=0.4)  # fmt: skip
+        below = below + 100 * values
+    _ticks(axis.set_xticks, numbers)
+    axis.set_ylim(0, 100)
+    axis.set_axisbelow(True)
+    axis.set_xlabel(what)
+    axis.set_ylabel("% of the attention")
+
+
+def _draw_similarity(figure: Any, axis: Any, condition: dict[str, Any], kind: str) -> None:
+    axis.set_title(f"{kind} slots: cosine between segments, mean over layers", fontsize=11)
+    axis.grid(False)
+    layers = condition["slot_similarity"][kind]
+    segments = len(layers[0])
+    if segments < 2:
+        why = {0: "not in use", 1: "slots of one segment:\nnothing to compare"}[segments]
+        if kind == "global" and condition["visibility"] == "all" and segments:
+            why = "one set of global slots,\nshared by all segments"
+        axis.text(0.5, 0.5, why, ha="center", va="center", transform=axis.transAxes, fontsize=12)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        return
+    cosines = np.array(layers).mean(0)
+    image = axis.imshow(cosines, cmap="cividis", vmin=min(0.0, cosines.min()), vmax=1, interpolation="nearest")
+    names = [f"1..{n}" if kind == "global" and n > 1 else str(n) for n in range(1, segments + 1)]
+    _ticks(axis.set_xticks, names)
+    _ticks(axis.set_yticks, names)
+    axis.set_xlabel("over the segments" if kind == "global" else "of segment")
+    if segments <= _NUMBERS_UP_TO:
+        middle = (image.norm.vmin + 1) / 2
+        for (row, column), cosine in np.ndenumerate(cosines):
+            colour = "black" if cosine > middle else "white"
+            axis.text(column, row, f"{cosine:.2f}", ha="center", va="center", color=colour, fontsize=10)
+    figure.colorbar(image, ax=axis)
+
+
+def _draw_alike(axis: Any, condition: dict[str, Any], numbers: Sequence[int]) -> None:
+    places = np.arange(len(numbers))
+    for kind, place in (("local", 0.35), ("global", 0.0)):
+        across, within = _across(condition["slot_similarity"][kind]), _numbers(condition["slot_likeness"][kind])
+        marker = {"local": "o", "global": "s"}[kind]
+        for values, line, what in ((across, "-", "two segments"), (within, ":", "two slots of a segment")):
+            if np.isfinite(values).any():
+                axis.plot(places, values, line, marker=marker, color=_colour(place), label=f"{kind}, {what}",
+                          markerfacecolor=_colour(place) if line == "-" else "white")  # fmt: skip
+    _ticks(axis.set_xticks, numbers)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("cosine (1: alike)")
+    axis.set_title("how alike slots are, by layer")
+    if axis.lines:
+        axis.legend(fontsize=9, handlelength=3)
+
+
+def _across(layers: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
+    """Mean similarity of two different segments by layer; NaN where there are no two."""
+    cosines = np.array(layers)
+    segments = cosines.shape[1]
+    if segments < 2:
+        return np.full(len(cosines), np.nan)
+    return np.asarray(cosines[:, ~np.eye(segments, dtype=bool)].mean(1))
+
+
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    return np.array(values, dtype=float)  # None is NaN
+
+
+def _ticks(set_ticks: Any, labels: Sequence[Any]) -> None:
+    labels = list(labels)
+    every = range(0, len(labels), -(-len(labels) // _TICKS))
+    set_ticks(list(every), [str(labels[place]) for place in every])
+
+
+def _colour(place: float) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["cividis"](place)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _percent_range(heads: np.ndarray) -> str:
+    return f"{_percent(heads.mean())} ({100 * heads.min():.1f} to {100 * heads.max():.1f})"
