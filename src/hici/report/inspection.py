@@ -13,12 +13,13 @@ from hici.eval.conditions import attention_label
 from hici.report.figures import new_mosaic, save_figure
 from hici.report.tables import integer, print_table
 
-# names, places on the colour map, and hatches: told apart without colour vision and in grey print
+# names, colours (of cividis but the last) and hatches: told apart without colour vision and in grey print
+_GLOBAL, _LOCAL = "#00224e", "#7c7b78"
 _PARTS = (
-    ("global slots", 0.0, "//"),
-    ("local slots", 0.4, ".."),
-    ("first token of the segment", 0.75, "xx"),
-    ("other tokens of the segment", 1.0, ""),
+    ("global slots", _GLOBAL, "//", "white"),
+    ("local slots", _LOCAL, "..", "black"),
+    ("first token of the segment", "#fee838", "xx", "black"),
+    ("other tokens of the segment", "#ececec", "", "black"),
 )
 _NUMBERS_UP_TO = 8  # segments whose similarities are also written into the cells
 _TICKS = 9  # about so many on an axis
@@ -43,9 +44,10 @@ def draw_inspection(target: str | Path, record: dict[str, Any]) -> Path:
     """A PNG: the slots' share by layer and head, all shares by layer and by segment, and how alike slots are."""
     (condition,) = record["conditions"]
     numbers = condition["layer_numbers"]
+    compared = [kind for kind in ("local", "global") if len(condition["slot_similarity"][kind][0]) > 1]
     figure, axes = new_mosaic(
-        [["heads", "heads", "layers", "layers", "segments", "segments"],
-         ["local", "local", "global", "global", "alike", "alike"]],
+        [["heads"] * 2 + ["layers"] * 2 + ["segments"] * 2,
+         [kind for kind in compared for _ in range(2)] + ["alike"] * (6 - 2 * len(compared))],
         width=16.0, height=9.6,
     )  # fmt: skip
     _draw_heads(figure, axes["heads"], condition, numbers)
@@ -57,8 +59,8 @@ def draw_inspection(target: str | Path, record: dict[str, Any]) -> Path:
     parts = [by_segment["global"], by_segment["local"], by_segment["first_token"]]
     _draw_stack(axes["segments"], [*parts, by_segment["tokens"] - parts[2]], range(1, len(parts[0]) + 1), "segment")
     axes["segments"].set_title("by segment, mean over layers and heads")
-    _draw_similarity(figure, axes["local"], condition, "local")
-    _draw_similarity(figure, axes["global"], condition, "global")
+    for kind in compared:
+        _draw_similarity(figure, axes[kind], condition["slot_similarity"][kind], kind)
     _draw_alike(axes["alike"], condition, numbers)
     handles, labels = axes["layers"].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=2.5, handleheight=1.4)
@@ -112,16 +114,15 @@ def _draw_heads(figure: Any, axis: Any, condition: dict[str, Any], numbers: Sequ
     _ticks(axis.set_xticks, range(slots.shape[1]))
     axis.set_xlabel("head")
     axis.set_ylabel("layer")
-    axis.set_title("attention to slots, global and local")
+    axis.set_title("attention to slots, global and local together")
     figure.colorbar(image, ax=axis, label="% of the attention")
 
 
 def _draw_stack(axis: Any, parts: Sequence[np.ndarray], numbers: Sequence[int], what: str) -> None:
     places, below = np.arange(len(numbers)), np.zeros(len(numbers))
-    for values, (name, place, hatch) in zip(parts, _PARTS, strict=True):
-        # the outline is the hatch's colour: light on the dark end of the colour map
-        axis.bar(places, 100 * values, bottom=below, width=0.9, label=name, color=_colour(place), hatch=hatch,
-                 edgecolor="white" if place < 0.5 else "black", linewidth=0.4)  # fmt: skip
+    for values, (name, colour, hatch, hatch_colour) in zip(parts, _PARTS, strict=True):
+        axis.bar(places, 100 * values, bottom=below, width=0.9, label=name, color=colour, hatch=hatch,
+                 edgecolor=hatch_colour, linewidth=0.4)  # fmt: skip
         below = below + 100 * values
     _ticks(axis.set_xticks, numbers)
     axis.set_ylim(0, 100)
@@ -130,48 +131,40 @@ def _draw_stack(axis: Any, parts: Sequence[np.ndarray], numbers: Sequence[int], 
     axis.set_ylabel("% of the attention")
 
 
-def _draw_similarity(figure: Any, axis: Any, condition: dict[str, Any], kind: str) -> None:
-    axis.set_title(f"{kind} slots: cosine between segments, mean over layers", fontsize=11)
-    axis.grid(False)
-    layers = condition["slot_similarity"][kind]
-    segments = len(layers[0])
-    if segments < 2:
-        why = {0: "not in use", 1: "slots of one segment:\nnothing to compare"}[segments]
-        if kind == "global" and condition["visibility"] == "all" and segments:
-            why = "one set of global slots,\nshared by all segments"
-        axis.text(0.5, 0.5, why, ha="center", va="center", transform=axis.transAxes, fontsize=12)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        return
+def _draw_similarity(figure: Any, axis: Any, layers: Sequence[Any], kind: str) -> None:
     cosines = np.array(layers).mean(0)
+    segments = len(cosines)
     image = axis.imshow(cosines, cmap="cividis", vmin=min(0.0, cosines.min()), vmax=1, interpolation="nearest")
+    axis.grid(False)
     names = [f"1..{n}" if kind == "global" and n > 1 else str(n) for n in range(1, segments + 1)]
     _ticks(axis.set_xticks, names)
     _ticks(axis.set_yticks, names)
     axis.set_xlabel("over the segments" if kind == "global" else "of segment")
+    axis.set_title(f"{kind} slots of two segments: cosine, mean over layers")
     if segments <= _NUMBERS_UP_TO:
         middle = (image.norm.vmin + 1) / 2
         for (row, column), cosine in np.ndenumerate(cosines):
             colour = "black" if cosine > middle else "white"
-            axis.text(column, row, f"{cosine:.2f}", ha="center", va="center", color=colour, fontsize=10)
+            axis.text(column, row, f"{cosine:.3f}", ha="center", va="center", color=colour, fontsize=10)
     figure.colorbar(image, ax=axis)
 
 
 def _draw_alike(axis: Any, condition: dict[str, Any], numbers: Sequence[int]) -> None:
     places = np.arange(len(numbers))
-    for kind, place in (("local", 0.35), ("global", 0.0)):
+    for kind, colour, marker in (("local", _LOCAL, "o"), ("global", _GLOBAL, "s")):
         across, within = _across(condition["slot_similarity"][kind]), _numbers(condition["slot_likeness"][kind])
-        marker = {"local": "o", "global": "s"}[kind]
         for values, line, what in ((across, "-", "two segments"), (within, ":", "two slots of a segment")):
             if np.isfinite(values).any():
-                axis.plot(places, values, line, marker=marker, color=_colour(place), label=f"{kind}, {what}",
-                          markerfacecolor=_colour(place) if line == "-" else "white")  # fmt: skip
+                axis.plot(places, values, line, marker=marker, color=colour, label=f"{kind}, {what}",
+                          markerfacecolor=colour if line == "-" else "white")  # fmt: skip
     _ticks(axis.set_xticks, numbers)
     axis.set_xlabel("layer")
     axis.set_ylabel("cosine (1: alike)")
     axis.set_title("how alike slots are, by layer")
     if axis.lines:
-        axis.legend(fontsize=9, handlelength=3)
+        low = min(np.nanmin(line.get_ydata()) for line in axis.lines)
+        axis.set_ylim(min(0.0, low) - 0.03, 1.03)  # always to 1: differences of nothing must look like nothing
+        axis.legend(handlelength=4)
 
 
 def _across(layers: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
@@ -191,12 +184,6 @@ def _ticks(set_ticks: Any, labels: Sequence[Any]) -> None:
     labels = list(labels)
     every = range(0, len(labels), -(-len(labels) // _TICKS))
     set_ticks(list(every), [str(labels[place]) for place in every])
-
-
-def _colour(place: float) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["cividis"](place)
 
 
 def _percent(share: float) -> str:
