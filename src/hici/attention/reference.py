@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hici.attention import Backend
 
-_WEIGHTS_AT_A_TIME = 2**24  # of `shares`: 64 MiB in float32
+_WEIGHTS_AT_A_TIME = 2**22  # of `shares`: 16 MiB in float32
 
 
 def attend(

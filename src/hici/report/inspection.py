@@ -69,12 +69,13 @@ def draw_inspection(target: str | Path, record: dict[str, Any]) -> Path:
 
 
 def _title(record: dict[str, Any], condition: dict[str, Any]) -> str:
-    windows = len(record["protocol"]["windows"]["starts"])
+    used, available = len(record["protocol"]["windows"]["starts"]), record["protocol"]["windows"]["available"]
     model = (record["model"] or {}).get("path", "a model")
+    segments = condition["segments"]
+    cut = "1 segment" if segments == 1 else f"{segments} segments of {integer(condition['segment_size'])}"
     return (
-        f"Attention of {model} ({attention_label(condition)}): {integer(condition['context'])} tokens in "
-        f"{condition['segments']} segments of {integer(condition['segment_size'])}, "
-        + ("1 window" if windows == 1 else f"mean of {windows} windows")
+        f"Attention of {model}, {attention_label(condition)}: {integer(condition['context'])} tokens in {cut}, "
+        f"{'mean of ' if used > 1 else ''}{used} of {available} window{'s' if available > 1 else ''}"
     )
 
 
