@@ -44,7 +44,8 @@ def test_from_files_to_json_table_and_picture(adapter_directory, text_file, tmp_
         cell = f"{100 * heads.mean():.1f} % ({100 * heads.min():.1f} to {100 * heads.max():.1f})"
         row = next(line for line in done.out.splitlines() if line.startswith(f"│ {layer} "))
         assert cell in row
-    assert "Mean over the query tokens of segments 2 to 5" in done.out
+    means, first = (done.out.index(note) for note in ("Mean over the query tokens of segments 2 to 5", "Segment 1 has"))
+    assert means < first
     everywhere = np.mean(result["shares_all_tokens"]["tokens"])
     assert f"tokens {100 * everywhere:.1f} %" in done.out
     across = np.array(result["slot_similarity"]["local"])[:, ~np.eye(4, dtype=bool)].mean()
@@ -75,6 +76,18 @@ def test_a_leak_stands_beside_the_shares(adapter_directory, text_file, visibilit
     assert (condition["causal"], condition["layer_numbers"]) == (False, [1])
     assert condition["shares"] == condition["shares_all_tokens"]
     assert (tmp_path / "r.png").is_file()
+
+
+def test_records_and_contexts_beyond_the_rope(adapter_directory, text_file, tmp_path, hici_command):
+    source = tmp_path / "book.jsonl"
+    source.write_text(json.dumps({"text": "a", "body": text_file.read_text()}))
+    done = hici_command("inspect", adapter_directory, "--data", source, "--text-key", "body", "--context", 136,
+                        "--allow-beyond-rope", "--out", tmp_path / "r.json")  # fmt: skip
+    assert done.status == 0, done.err
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["conditions"][0]["segments"] == 9
+    assert record["model"]["rope"]["allow_beyond_rope"] is True
+    assert record["data"]["tokens"] > 500
 
 
 def test_without_out_nothing_is_written(adapter_directory, text_file, tmp_path, hici_command, monkeypatch):

@@ -116,9 +116,16 @@ def test_the_golden_model_observed_gives_its_golden_shapes():
 
 
 def test_one_segment_of_the_past_has_no_slots():
-    model = strong_model(visibility="past")
-    _, seen = observed(model, random_ids(1, SEGMENT))
-    assert all(each[4:8] == (None, None, None, None) for each in seen)
+    """And not those of the call before."""
+    model, seen = strong_model(visibility="past"), []
+    with observe_attention(model, seen.append):
+        logits(model, IDS, use_cache=False)
+        logits(model, IDS[:, :SEGMENT], use_cache=False)
+    assert [each.q_BTHE.shape[1] for each in seen] == [IDS.shape[1]] * 2 + [SEGMENT] * 2
+    for each in seen[:2]:
+        assert None not in [x if x is None else 0 for x in each[4:8]]
+    for each in seen[2:]:
+        assert each[4:8] == (None, None, None, None)
 
 
 def test_some_layers_only():

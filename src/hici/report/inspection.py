@@ -80,19 +80,14 @@ def _title(record: dict[str, Any], condition: dict[str, Any]) -> str:
 
 
 def _notes(condition: dict[str, Any]) -> list[str]:
-    segments, with_slots = condition["segments"], "all segments"
-    notes = []
-    if condition["visibility"] == "past":
-        with_slots = "segment 2" if segments == 2 else f"segments 2 to {segments}"
+    first_has_none, segments = condition["visibility"] == "past", condition["segments"]
+    over = "all segments" if not first_has_none else "segment 2" if segments == 2 else f"segments 2 to {segments}"
+    notes = [f"Mean over the query tokens of {over}; in brackets the least and the greatest head."]
+    if first_has_none:
         everywhere = {name: np.mean(each) for name, each in condition["shares_all_tokens"].items()}
-        notes.append(
-            "Segment 1 has no slots. With its tokens counted: "
-            + ", ".join(f"{name} {_percent(everywhere[name])}" for name in ("global", "local", "tokens"))
-            + "."
-        )
-    notes.insert(0, f"Mean over the query tokens of {with_slots}; in brackets the least and the greatest head.")
-    windows = np.array([condition["by_window"][kind] for kind in ("global", "local")])  # [kind, layer or window]
-    spread = windows.sum(0)
+        facts = [f"{name} {_percent(everywhere[name])}" for name in ("global", "local", "tokens")]
+        notes.append(f"Segment 1 has no slots. With its tokens counted: {', '.join(facts)}.")
+    spread = np.array([condition["by_window"][kind] for kind in ("global", "local")]).sum(0)
     if len(spread) > 1:
         notes.append(f"Slots together, window by window: {_percent(spread.min())} to {_percent(spread.max())}.")
     for kind in ("local", "global"):
