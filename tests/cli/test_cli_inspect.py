@@ -48,6 +48,9 @@ def test_from_files_to_json_table_and_picture(adapter_directory, text_file, tmp_
     assert means < first
     everywhere = np.mean(result["shares_all_tokens"]["tokens"])
     assert f"tokens {100 * everywhere:.1f} %" in done.out
+    low, high = sorted(sum(np.array(result["by_window"][kind]) for kind in ("global", "local")))
+    assert f"{100 * low:.1f}" != f"{100 * high:.1f}"
+    assert f"Slots together, window by window: {100 * low:.1f} % to {100 * high:.1f} %." in done.out
     across = np.array(result["slot_similarity"]["local"])[:, ~np.eye(4, dtype=bool)].mean()
     assert f"Cosine of local slots: of two segments {across:.3f}" in done.out
     assert picture_size(tmp_path / "inspect.png") == (2400, 1440)
