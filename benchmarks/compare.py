@@ -53,7 +53,7 @@ from compare_setup import (
     shared_values,
     spec_key,
 )
-from hici.eval.perplexity import choose_windows
+from hici.eval.windows import disjoint_windows
 from hici.files import check_writable, read_json, write_json
 from hici.provenance import provenance
 
@@ -216,7 +216,7 @@ class Comparison:
         self.say(f"tokenising {args.books} (once)")
         data = prepare_data(args.books, args.test_book, base, args.scratch)
         for length in args.eval_lengths:
-            choose_windows(data.facts["test_tokens"], length, None, args.eval_windows)
+            disjoint_windows(data.facts["test_tokens"], length, None, args.eval_windows)
         self.say(f"{data.facts['training_tokens']:,} tokens of {len(data.facts['training_books'])} books to train on, "
                  f"{data.facts['test_tokens']:,} of {data.facts['test_book']} to test on")  # fmt: skip
         for method in args.methods:  # bad keys are seen here, not in the last run

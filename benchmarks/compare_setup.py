@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from hici.data.packing import load_stream
 from hici.data.sources import resolve
+from hici.data.stream import load_stream
 from hici.files import atomic_directory, read_json, write_json
 from hici.train.recipe import Recipe, apply_overrides, recipe_from_dict
 

@@ -56,7 +56,7 @@ def heldout_stream(base_directory: Path, heldout: list[str]) -> Any:
     """Tokens of all held-out documents in a row."""
     from transformers import AutoTokenizer
 
-    from hici.data.packing import load_stream
+    from hici.data.stream import load_stream
 
     tokenizer = AutoTokenizer.from_pretrained(base_directory)
     return load_stream(heldout, tokenizer, vocab_size=len(tokenizer))[0]

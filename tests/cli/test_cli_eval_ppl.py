@@ -3,6 +3,10 @@
 import hashlib
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,20 +14,26 @@ import torch
 import torch.nn.functional as F
 
 import hici
-from hici.data.packing import load_stream
+from hici.data.stream import load_stream
 
 
 @pytest.fixture(scope="module")
 def stream(tokenizer, text_file):
+    """The text, then EOS."""
     return load_stream(text_file, tokenizer, vocab_size=len(tokenizer))[0]
 
 
 @torch.no_grad()
 def naive_loss(model, stream, context):
-    losses = []
-    for start in range(0, len(stream) - context + 1, context):
-        ids = torch.from_numpy(stream[start : start + context])
-        losses.append(F.cross_entropy(model(ids[None]).logits[0, :-1].double(), ids[1:]).item())
+    """Protocol strict on one document: EOS in front, as the tokenizer has no BOS."""
+    document, losses = stream[:-1], []
+    text = np.append(stream[-1:], document)
+    for first in range(1, len(text), context):
+        last = min(first + context, len(text))
+        ids = torch.from_numpy(text[max(0, last - 1 - context) : last])
+        logits = model(ids[None, :-1]).logits[0].double()[-(last - first) :]
+        losses += F.cross_entropy(logits, ids[-(last - first) :], reduction="none").tolist()
+    assert len(losses) == len(document)
     return np.mean(losses)
 
 
@@ -32,25 +42,25 @@ def test_several_attentions_and_lengths(adapter_directory, text_file, stream, tm
     done = hici_command("eval", "ppl", adapter_directory, "--data", text_file, "--context", 32, 64,
                         "--attention", "full", "hici", "hici_s2", "--out", out)  # fmt: skip
     assert done.status == 0, done.err
-    record = json.loads((out / "ppl.json").read_text())
-    assert (out / "ppl.png").read_bytes().startswith(b"\x89PNG")
-    assert [(r["windows"]["context"], r["attention"]) for r in record["results"]] == [
+    record = json.loads((out / "ppl-strict.json").read_text())
+    assert (out / "ppl-strict.png").read_bytes().startswith(b"\x89PNG")
+    assert [(r["context"], r["attention"]) for r in record["conditions"]] == [
         (context, attention) for context in (32, 64) for attention in ("full", "hici", "hici_s2")
     ]
-    for r in record["results"]:
+    for r in record["conditions"]:
         model = hici.from_pretrained(adapter_directory)
         model.get_base_model().set_attn_implementation("sdpa" if r["attention"] == "full" else r["attention"])
-        assert r["mean_loss"] == pytest.approx(naive_loss(model, stream, r["windows"]["context"]), abs=1e-5)
+        assert r["mean_loss"] == pytest.approx(naive_loss(model, stream, r["context"]), abs=1e-5)
         assert f"{r['ppl']:.3f}" in done.out
-        assert len(r["losses"]) == len(stream) // r["windows"]["context"]
-    assert len({round(r["mean_loss"], 4) for r in record["results"]}) == 6
+        assert len(r["losses"]) == -(-(len(stream) - 1) // r["context"])
+    assert len({round(r["mean_loss"], 4) for r in record["conditions"]}) == 6
     pairs = [(d["context"], d["attention"], d["minus"]) for d in record["paired_differences"]]
     assert pairs == [(32, "hici", "full"), (32, "hici_s2", "full"), (64, "hici", "full"), (64, "hici_s2", "full")]
     first = record["paired_differences"][0]
     assert first["loss_difference"] == pytest.approx(
-        record["results"][1]["mean_loss"] - record["results"][0]["mean_loss"]
+        record["conditions"][1]["mean_loss"] - record["conditions"][0]["mean_loss"]
     )
-    assert "sees the future" not in done.out
+    assert "not causal" not in done.out
 
 
 def test_json_says_how_the_number_was_made(
@@ -66,14 +76,18 @@ def test_json_says_how_the_number_was_made(
     assert (model["base_model"], model["dtype"], model["device"]) == (str(base_directory), "float32", "cpu")
     assert model["base_fingerprint"].startswith("sha256:")
     assert (model["hici"]["visibility"], model["hici"]["segment_size"]) == ("past", 16)
-    assert (record["attention"], record["visibility"], record["seed"]) == (["hici"], ["past"], None)
-    assert (record["protocol"]["stride"], record["protocol"]["max_windows"]) == (16, 5)
-    assert record["data"]["tokens"] == len(stream)
-    assert record["data"]["sha256"] == hashlib.sha256(stream.astype("<i8").tobytes()).hexdigest()
-    result = record["results"][0]
-    available = (len(stream) - 48) // 16 + 1
-    assert result["windows"]["available"] == available
-    assert result["windows"]["unused_tokens"] == len(stream) - (available - 1) * 16 - 48
+    assert set(model["adapter_sha256"]) >= {"adapter_model.safetensors", "hici_model.safetensors", "hici_config.json"}
+    file = adapter_directory / "hici_model.safetensors"
+    assert model["adapter_sha256"][file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (record["task"], record["seed"]) == ("perplexity", None)
+    protocol = record["protocol"]
+    assert (protocol["name"], protocol["stride"], protocol["max_windows"]) == ("strict", 16, 5)
+    assert record["data"]["tokens"] == len(stream) - 1
+    text = np.append(stream[-1:], stream[:-1])
+    assert record["data"]["sha256"] == hashlib.sha256(text.astype("<i8").tobytes()).hexdigest()
+    result = record["conditions"][0]
+    assert (result["attention"], result["visibility"], result["segments"]) == ("hici", "past", 3)
+    assert result["windows"]["available"] == 1 + -(-(len(stream) - 1 - 48) // 16)
     assert len(result["losses"]) == len(result["counts"]) == 5
     assert result["counts"] == [16] * 5
     assert {"packages", "git_revision", "time_utc", "machine"} <= set(record["provenance"])
@@ -84,25 +98,26 @@ def test_a_leak_stands_beside_the_number(adapter_directory, text_file, visibilit
     done = hici_command("eval", "ppl", adapter_directory, "--data", text_file, "--context", 64, "--max-windows", 2,
                         "--attention", "full", "hici", "--visibility", visibility, "--out", tmp_path)  # fmt: skip
     assert done.status == 0, done.err
-    full, in_hici = json.loads((tmp_path / "ppl.json").read_text())["results"]
-    assert (full["leaks_future"], in_hici["leaks_future"]) == (False, True)
+    full, in_hici = json.loads((tmp_path / "ppl-strict.json").read_text())["conditions"]
+    assert (full["causal"], in_hici["causal"]) == (True, False)
     row = next(line for line in done.out.splitlines() if f"{in_hici['ppl']:.3f}" in line)
-    assert f"{visibility} (sees the future)" in row
+    assert f"hici, {visibility} (not causal)" in row
+    assert "(not causal)" not in next(line for line in done.out.splitlines() if f"{full['ppl']:.3f}" in line)
 
 
 def test_segments_without_slots_on_a_plain_model(base_directory, text_file, tmp_path, hici_command):
     done = hici_command("eval", "ppl", base_directory, "--data", text_file, "--context", 64, "--attention", "full",
                         "hici", "hici_s2", "--no-slots", "--segment-size", 32, "--out", tmp_path)  # fmt: skip
     assert done.status == 0, done.err
-    full, segments, s2 = json.loads((tmp_path / "ppl.json").read_text())["results"]
-    assert (segments["visibility"], segments["leaks_future"], segments["segments"]) == (None, False, 2)
+    full, segments, s2 = json.loads((tmp_path / "ppl-strict.json").read_text())["conditions"]
+    assert (segments["visibility"], segments["causal"], segments["segments"]) == (None, True, 2)
     assert len({round(r["mean_loss"], 6) for r in (full, segments, s2)}) == 3
 
 
 def test_one_segment_without_slots_is_full_attention(base_directory, text_file, tmp_path, hici_command):
     hici_command("eval", "ppl", base_directory, "--data", text_file, "--context", 64, "--attention", "full", "hici",
                  "--no-slots", "--num-segments", 1, "--out", tmp_path)  # fmt: skip
-    full, segments = json.loads((tmp_path / "ppl.json").read_text())["results"]
+    full, segments = json.loads((tmp_path / "ppl-strict.json").read_text())["conditions"]
     assert segments["losses"] == pytest.approx(full["losses"], abs=1e-5)
 
 
@@ -122,7 +137,7 @@ def test_flags_change_how_a_directory_is_used(
     done = hici_command("eval", "ppl", adapter_directory, "--data", text_file, "--context", 64, "--attention", "hici",
                         *flags, "--out", tmp_path)  # fmt: skip
     assert done.status == 0, done.err
-    measured = json.loads((tmp_path / "ppl.json").read_text())["results"][0]["mean_loss"]
+    measured = json.loads((tmp_path / "ppl-strict.json").read_text())["conditions"][0]["mean_loss"]
     model = hici.from_pretrained(adapter_directory, attention="hici")
     assert measured != pytest.approx(naive_loss(model, stream, 64), abs=1e-4)
     hici.reconfigure(model, **changes)
@@ -138,26 +153,26 @@ def test_rope_is_extended_once_to_the_longest(base_directory, text_file, tmp_pat
     done = hici_command(*arguments, "--rope", "auto", "--out", tmp_path / "linear")
     assert done.status == 0, done.err
     assert "Rope extended (linear) to 200 positions" in done.out
-    records = {name: json.loads((tmp_path / name / "ppl.json").read_text()) for name in ("beyond", "linear")}
-    rope = records["linear"]["protocol"]["rope"]
+    records = {name: json.loads((tmp_path / name / "ppl-strict.json").read_text()) for name in ("beyond", "linear")}
+    rope = records["linear"]["model"]["rope"]
     assert (rope["extended"], rope["positions_before"], rope["positions"]) == ("linear", 128, 200)
     assert rope["rope_parameters"]["factor"] == 2.0
-    assert not records["beyond"]["protocol"]["rope"]["extended"]
+    assert not records["beyond"]["model"]["rope"]["extended"]
     for i in (0, 1):  # the shorter context is measured on the extended model too, and is said to be
-        difference = records["linear"]["results"][i]["mean_loss"] - records["beyond"]["results"][i]["mean_loss"]
+        difference = records["linear"]["conditions"][i]["mean_loss"] - records["beyond"]["conditions"][i]["mean_loss"]
         assert abs(difference) > 1e-4
 
 
 def test_nothing_is_overwritten_silently(base_directory, text_file, tmp_path, hici_command):
     arguments = ["eval", "ppl", base_directory, "--data", text_file, "--context", 64, "--max-windows", 1, "--out"]
-    (tmp_path / "ppl.png").write_text("a picture")
+    (tmp_path / "ppl-strict.png").write_text("a picture")
     done = hici_command(*arguments, tmp_path)
     assert done.status == 2
     assert "nothing is overwritten silently; give another --out or --overwrite" in done.err
-    assert [file.name for file in tmp_path.iterdir()] == ["ppl.png"]
-    assert (tmp_path / "ppl.png").read_text() == "a picture"
+    assert [file.name for file in tmp_path.iterdir()] == ["ppl-strict.png"]
+    assert (tmp_path / "ppl-strict.png").read_text() == "a picture"
     assert hici_command(*arguments, tmp_path, "--overwrite").status == 0
-    assert json.loads((tmp_path / "ppl.json").read_text())["results"][0]["standard_error"] is None
+    assert json.loads((tmp_path / "ppl-strict.json").read_text())["conditions"][0]["standard_error"] is None
 
 
 def test_an_out_that_cannot_be_written_is_refused(base_directory, text_file, hici_command):
@@ -168,13 +183,13 @@ def test_an_out_that_cannot_be_written_is_refused(base_directory, text_file, hic
     assert "is a file; give another place" in done.err
 
 
-@pytest.mark.parametrize("name", ["ppl.json", "ppl.png"])
+@pytest.mark.parametrize("name", ["ppl-strict.json", "ppl-strict.png"])
 def test_a_directory_in_the_place_of_an_output_is_refused(text_file, tmp_path, name, hici_command):
     (tmp_path / name).mkdir()
     done = hici_command("eval", "ppl", "/no/such/model", "--data", text_file, "--context", 64, "--out", tmp_path,
                         "--overwrite")  # fmt: skip
     assert done.status == 2
-    assert f"{name} is a directory and cannot be written as a file; give another --out" in done.err
+    assert f"{name} is a directory and cannot be written as a file; give another place" in done.err
 
 
 def test_the_home_directory_in_paths(base_directory, text_file, tmp_path, monkeypatch, hici_command):
@@ -184,18 +199,19 @@ def test_the_home_directory_in_paths(base_directory, text_file, tmp_path, monkey
     done = hici_command("eval", "ppl", "~/base", "--data", "~/story.txt", "--context", 64, "--max-windows", 1,
                         "--out", "~/out")  # fmt: skip
     assert done.status == 0, done.err
-    assert (tmp_path / "out" / "ppl.json").is_file()
+    assert (tmp_path / "out" / "ppl-strict.json").is_file()
 
 
 def test_a_token_file(base_directory, stream, text_file, tmp_path, hici_command):
     path = tmp_path / "tokens.bin"
     stream.astype("<u2").tofile(path)
     for data, out in ((path, "a.json"), (text_file, "b.json")):
-        arguments = ["eval", "ppl", base_directory, "--context", 64, "--data", data, "--out", tmp_path / out]
+        arguments = ["eval", "ppl", base_directory, "--context", 64, "--data", data, "--out", tmp_path / out,
+                     "--protocol", "published"]  # fmt: skip
         assert hici_command(*arguments).status == 0
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["data"]["sha256"] == b["data"]["sha256"]
-    assert a["results"][0]["losses"] == b["results"][0]["losses"]
+    assert a["conditions"][0]["losses"] == b["conditions"][0]["losses"]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +287,65 @@ def test_bfloat16_is_close(base_directory, text_file, tmp_path, hici_command):
                      "--threads", 1, "--out", target)  # fmt: skip
         record = json.loads(target.read_text())
         assert record["model"]["dtype"] == dtype
-        losses[dtype] = record["results"][0]["mean_loss"]
+        losses[dtype] = record["conditions"][0]["mean_loss"]
     assert math.isclose(losses["float32"], losses["bfloat16"], rel_tol=0.02)
     assert losses["float32"] != losses["bfloat16"]
+
+
+@pytest.mark.parametrize("protocol", ["published", "position"])
+def test_the_other_protocols(protocol, adapter_directory, text_file, stream, tmp_path, hici_command):
+    done = hici_command("eval", "ppl", adapter_directory, "--data", text_file, "--context", 64, "--protocol", protocol,
+                        "--attention", "full", "hici", "--max-windows", 3, "--out", tmp_path)  # fmt: skip
+    assert done.status == 0, done.err
+    record = json.loads((tmp_path / f"ppl-{protocol}.json").read_text())
+    assert (tmp_path / f"ppl-{protocol}.png").read_bytes().startswith(b"\x89PNG")
+    assert f"protocol {protocol}" in done.out
+    assert record["data"]["sha256"] == hashlib.sha256(stream.astype("<i8").tobytes()).hexdigest()
+    first = record["conditions"][0]
+    assert first["windows"]["stride"] == 64  # published: 256, but no more than the context
+    assert ("bins" in first) == (protocol == "position")
+
+
+def test_a_token_file_with_ids_beyond_the_vocabulary(base_directory, stream, tmp_path, hici_command):
+    path = tmp_path / "tokens.bin"
+    ids = stream.astype("<u2")
+    ids[100] = 5000
+    ids.tofile(path)
+    done = hici_command("eval", "ppl", base_directory, "--data", path, "--context", 64)
+    assert (done.status, done.out) == (2, "")
+    assert "5000" in done.err
+    assert "vocabulary" in done.err
+
+
+def command_line(*arguments, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "hici", *map(str, arguments)]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(
+    processes, adapter_directory, text_file, tmp_path, hici_command
+):
+    arguments = ["eval", "ppl", adapter_directory, "--data", text_file, "--context", 32, "--stride", 4,
+                 "--attention", "full", "hici", "--threads", 1, "--out"]  # fmt: skip
+    killed, whole = tmp_path / "killed.json", tmp_path / "whole.json"
+    journal = tmp_path / "killed.partial-0.jsonl"
+    with subprocess.Popen(command_line(*arguments, killed, processes=processes), stderr=subprocess.DEVNULL) as process:
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 40:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        # a launcher that is killed leaves its processes behind, which would end the work
+        process.send_signal(signal.SIGKILL if processes == 1 else signal.SIGTERM)
+    assert not killed.exists()
+    done = subprocess.run(
+        command_line(*arguments, killed, processes=processes), capture_output=True, text=True, check=True
+    )
+    assert "parts were measured before; going on" in done.stderr
+    assert hici_command(*arguments, whole).status == 0
+    results = [json.loads(path.read_text()) for path in (killed, whole)]
+    timing = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+    for result in results:
+        del result["provenance"], result["processes"]
+        result["conditions"] = [{k: v for k, v in c.items() if k not in timing} for c in result["conditions"]]
+    assert results[0] == results[1]
+    assert not list(tmp_path.glob("*.jsonl"))

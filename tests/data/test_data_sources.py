@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hici.data.packing import load_stream
 from hici.data.sources import HubOptions, file_records, resolve
+from hici.data.stream import load_stream
 
 
 def texts(prepared, tokenizer, *sources, **options):

@@ -1,7 +1,7 @@
 """Real books of the shared folder, where there is one."""
 
-from hici.data.packing import load_stream
 from hici.data.sources import file_records
+from hici.data.stream import load_stream
 
 
 def test_every_book_is_read_whole_and_trained_on_or_held_out(shared, tokenizer, prepared):

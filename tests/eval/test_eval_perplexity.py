@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from helpers import SEGMENT, VOCAB, strong_model, tiny_model
-from hici.eval.perplexity import choose_windows, paired_difference, perplexity
+from hici.eval.perplexity import paired_difference, perplexity
+from hici.eval.windows import disjoint_windows
 from hici.models.attach import reconfigure
 from hici.models.lookup import attention_mode
 from hici.models.modes import leaks_future, set_attention, visibility_in_use
@@ -55,11 +56,11 @@ def test_attention_modes_differ():
 
 
 def test_strided_windows_score_every_token_once():
-    windows = choose_windows(103, context=20, stride=7)
+    windows = disjoint_windows(103, context=20, stride=7)
     scored = []
-    for start in windows.starts:
-        end = start + 20
-        scored += range(end - windows.scored(start), end)
+    for window in windows.chosen:
+        assert (window.stop, window.last) == (window.start + 20, window.start + 20)
+        scored += range(window.first, window.last)
     last = windows.starts[-1] + 20
     assert scored == list(range(1, last))  # all but the stream's first token, each exactly once
     assert windows.unused_tokens == 103 - last < 7
@@ -73,16 +74,16 @@ ALL_TEN = list(range(0, 100, 10))
     [(1, [50]), (2, [20, 70]), (3, [10, 50, 80]), (5, [10, 30, 50, 70, 90]), (10, ALL_TEN), (99, ALL_TEN)],
 )
 def test_max_windows_are_spaced_evenly(count, starts):
-    windows = choose_windows(105, context=10, max_windows=count)
+    windows = disjoint_windows(105, context=10, max_windows=count)
     assert windows.starts == starts
     assert (windows.available, windows.unused_tokens) == (10, 5)
 
 
 def test_a_chosen_window_of_a_strided_stream_scores_only_its_last_tokens():
-    windows = choose_windows(200, context=20, stride=5, max_windows=3)
+    windows = disjoint_windows(200, context=20, stride=5, max_windows=3)
     assert 0 not in windows.starts
     assert all(start % 5 == 0 for start in windows.starts)
-    assert [windows.scored(start) for start in windows.starts] == [5, 5, 5]
+    assert windows.counts == [5, 5, 5]
 
 
 @pytest.mark.parametrize(

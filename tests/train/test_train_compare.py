@@ -20,7 +20,7 @@ import compare
 import compare_setup
 import compare_worker
 from hici.data.documents import map_token_file
-from hici.data.packing import load_stream
+from hici.data.stream import load_stream
 from hici.files import read_json, write_json
 
 TEXT = "the a cat dog river mountain runs sees under over quickly slowly and then while blue old house"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hici._version import __version__
+from hici.processes import end_processes, world_size
 from hici.registry import module_names, suggest
 
 EXIT_BAD_INPUT = 2
@@ -95,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             args = parse(argv)
             _set_up_logging(args.verbose)
-            return args.run(args) or 0
+            status = args.run(args) or 0
+            _leave_processes(status)
+            return status
         finally:
             sys.stdout.flush()  # here, where a reader that has left can still be handled
     except BrokenPipeError:
@@ -110,6 +113,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hici: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _leave_processes(status: int) -> None:
+    """End one of several processes (torchrun, accelerate launch) together with the others."""
+    if world_size() == 1:
+        return
+    end_processes()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not through the interpreter's own end: a gloo thread that is still joinable there aborts the process
+    os._exit(status)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print where things are and what the held-out loss did."""
-    from hici.processes import end_processes, world_size
     from hici.train.recipe import load_recipe
     from hici.train.run import train
 
@@ -65,12 +63,6 @@ def run(args: argparse.Namespace) -> int:
     result = train(recipe, resume=args.resume, write=lambda line: print(line, file=sys.stderr, flush=True))
     if result:  # the first process's
         print_result(result, Path(recipe.output_dir).expanduser())
-    if world_size() > 1:
-        end_processes()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # not through the interpreter's own end: a gloo thread that is still joinable there aborts the process
-        os._exit(0)
     return 0
 
 

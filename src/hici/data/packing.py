@@ -1,4 +1,4 @@
-"""Documents -> rows to train on (data sets of torch), and a batch of rows; and the token stream of an evaluation.
+"""Documents -> rows to train on (data sets of torch), and a batch of rows.
 
 A row is {"input_ids": int64 [t], "labels": int64 [t]}; labels are -100 where there is no loss, and the first token of
 a row is never a target. Rows are read from the token cache when they are asked for.
@@ -7,20 +7,15 @@ a row is never a target. Rows are read from the token cache when they are asked 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hici.data.documents import Documents, check_id, map_token_file
-from hici.data.encoder import Encoder
+from hici.data.documents import Documents
 from hici.data.prompts import ANSWER, USER
-from hici.data.sources import HubOptions, Record, place, record_sets, resolve
-from hici.data.tokenising import Pieces, refuse_empty
 
 IGNORE = -100  # a label without a loss; torch's own default
 
@@ -180,48 +175,3 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     if bool((sizes < length).any()):
         batch["attention_mask"] = (torch.arange(length) < sizes[:, None]).long()
     return batch
-
-
-def load_stream(
-    sources: str | Path | Sequence[str | Path],
-    tokenizer: Any,
-    *,
-    vocab_size: int,
-    text_key: str = "text",
-    hub: HubOptions | None = None,
-) -> tuple[np.ndarray, int]:
-    """(stream, documents) to measure on: int64 [tokens] of all sources in order, and how many documents they hold.
-
-    A text document is followed by EOS; a token file is taken as it is, and counts as one. Nothing is cached.
-
-    Raises:
-        ValueError: nothing matches; a broken or empty file; wrong columns; a token outside of the vocabulary.
-    """
-    encoder = Encoder(tokenizer, text_key=text_key)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    parts: list[np.ndarray] = []
-    count = 0
-    for source in resolve(sources):
-        for label, records in record_sets(source, hub or HubOptions()):
-            if records is None:
-                tokens = np.array(map_token_file(Path(label), vocab_size), dtype=np.int64)
-                documents = [tokens]
-            else:
-                documents = _encoded(label, records, encoder)
-            for tokens in documents:
-                check_id(label, int(tokens.max()), vocab_size)
-            parts += documents if records is None else [np.append(tokens, end) for tokens in documents]
-            count += len(documents)
-    return np.concatenate(parts).astype(np.int64), count
-
-
-def _encoded(label: str, records: Iterator[Record], encoder: Encoder) -> list[np.ndarray]:
-    """Tokens of all documents of a file or data set that have any. Raises ValueError when none has."""
-    pieces = Pieces(records, encoder)
-    documents = []
-    for piece in pieces:
-        samples = [(place(label, number), sample) for number, sample in zip(piece.numbers, piece.samples, strict=True)]
-        documents += [encoded.ids for found in encoder.encode(samples) for encoded in found]
-    found = [document for document in documents if len(document)]
-    refuse_empty(label, len(found), pieces.empty[label] + len(documents) - len(found))
-    return found

@@ -6,6 +6,7 @@ Shapes: R runs (seeds), W windows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -53,10 +54,8 @@ def paired_difference(
 ) -> PairedDifference:
     """Loss of `a` minus loss of `b`, both [R, W] on the same windows, run r of both from the same seed.
 
-    `interval` is a paired bootstrap over windows: each resample draws W of them with replacement. It says what other
-    windows would change, and nothing of other seeds. Its quantiles lie further out than confidence says, by as much as
-    Student's t with W - 1 degrees of freedom lies outside of the normal distribution (the expanded percentile interval
-    of Hesterberg 2015): plain ones are too narrow for few windows.
+    `interval` is a paired bootstrap over windows: each resample draws W of them with replacement (see
+    `bootstrap_interval`). It says what other windows would change, and nothing of other seeds.
 
     `interval_with_runs` says what other windows and other seeds would change. Its half-length is
     sqrt(half_R^2 + half_W^2): that of Student's t over the means of the runs (R - 1 degrees of freedom), and over the
@@ -82,12 +81,13 @@ def paired_difference(
     difference_RW = a - b
     by_run, by_window = difference_RW.mean(axis=1), difference_RW.mean(axis=0)
     mean, windows = float(difference_RW.mean()), len(by_window)
-    interval = with_runs = None
-    if windows > 1:
-        interval = _bootstrap_interval(by_window, confidence, resamples, np.random.default_rng(seed))
-        if len(by_run) > 1:
-            half = math.hypot(_t_half(by_run, confidence), _t_half(by_window, confidence))
-            with_runs = (mean - half, mean + half)
+    interval = bootstrap_interval(
+        by_window.tolist(), [1.0] * windows, confidence=confidence, resamples=resamples, seed=seed
+    )
+    with_runs = None
+    if windows > 1 and len(by_run) > 1:
+        half = math.hypot(_t_half(by_run, confidence), _t_half(by_window, confidence))
+        with_runs = (mean - half, mean + half)
     return PairedDifference(mean, interval, with_runs, by_run.tolist(), windows, resamples, confidence)
 
 
@@ -98,16 +98,29 @@ def _t_half(means: np.ndarray, confidence: float) -> float:
     return t_quantile(confidence, len(means) - 1) * error
 
 
-def _bootstrap_interval(
-    by_window: np.ndarray, confidence: float, resamples: int, generator: np.random.Generator
-) -> tuple[float, float]:
-    """Expanded percentiles of the mean over windows, which are drawn in blocks. At least two."""
-    windows = len(by_window)
-    block = max(1, _BLOCK_ELEMENTS // windows)
-    means = np.concatenate([
-        by_window[generator.integers(windows, size=(min(block, resamples - begin), windows))].mean(axis=1)
-        for begin in range(0, resamples, block)
-    ])  # fmt: skip
-    tail = NormalDist().cdf(-math.sqrt(windows / (windows - 1)) * t_quantile(confidence, windows - 1))
-    low, high = np.quantile(means, [tail, 1 - tail])
+def bootstrap_interval(
+    values: Sequence[float],
+    weights: Sequence[float],
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Of a weighted mean, over values that are drawn with replacement, each with its weight; None for one value.
+
+    Expanded percentiles: their quantiles lie further out than confidence says, by as much as Student's t with n - 1
+    degrees of freedom lies outside of the normal distribution (Hesterberg 2015): plain ones are too narrow for few
+    values.
+    """
+    values_W, weights_W = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    count = len(values_W)
+    if count == 1:
+        return None
+    generator, block = np.random.default_rng(seed), max(1, _BLOCK_ELEMENTS // count)
+    means = []
+    for begin in range(0, resamples, block):
+        drawn = generator.integers(count, size=(min(block, resamples - begin), count))
+        means.append((values_W * weights_W)[drawn].sum(axis=1) / weights_W[drawn].sum(axis=1))
+    tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * t_quantile(confidence, count - 1))
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return float(low), float(high)

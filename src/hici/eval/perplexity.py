@@ -1,6 +1,6 @@
 """Perplexity over windows of a token stream, with its uncertainty, and paired differences between two runs.
 
-Shapes: X tokens of the stream, C tokens of a window.
+Shapes: X tokens of the stream, C tokens that a window reads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,39 +18,15 @@ import torch
 
 from hici.core.segments import count_segments
 from hici.eval.statistics import CONFIDENCE, Estimate, weighted_estimate
+from hici.eval.windows import Window, Windows, disjoint_windows
 from hici.models.lookup import FULL, attention_mode, get_causal_lm, get_decoder, hici_config
-from hici.models.loss import next_token_losses
+from hici.models.loss import IGNORE, target_losses
 from hici.models.modes import leaks_future, visibility_in_use
 from hici.rope import check_context
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Which windows of a stream are scored.
-
-    Attributes:
-        context, stride: C, and the distance of two windows' starts; at most C.
-        starts: first token of every window used, ascending.
-        available: whole windows in the stream (`starts` may be a choice of them).
-        unused_tokens: tokens behind the last whole window, in no window.
-    """
-
-    context: int
-    stride: int
-    starts: list[int]
-    available: int
-    unused_tokens: int
-
-    def scored(self, start: int) -> int:
-        """Tokens that the window at `start` scores: its last `stride`, the stream's first window all but token 0.
-
-        A token is predicted from the ones before it, so a window's own first token can never be scored.
-        """
-        return min(self.stride if start else self.context, self.context - 1)
 
 
 @dataclass(frozen=True)
@@ -91,8 +67,7 @@ class Perplexity:
     @property
     def ppl_interval(self) -> tuple[float, float] | None:
         """exp of the loss's interval; None with one window."""
-        interval = self.loss.interval
-        return None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
+        return exp_interval(self.loss.interval)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, everything in it."""
@@ -106,36 +81,8 @@ class Perplexity:
             "confidence": CONFIDENCE,
             "tokens_scored": sum(self.counts),
             **asdict(self),
+            "windows": self.windows.to_dict(),
         }
-
-
-def choose_windows(tokens: int, context: int, stride: int | None = None, max_windows: int | None = None) -> Windows:
-    """Windows of `context` tokens every `stride` (None: the window itself) over a stream of `tokens`.
-
-    `max_windows`: the middles of that many equal parts of all windows, so that they are spaced evenly.
-
-    Raises:
-        ValueError: a context below 2, a stride outside of 1..context, max_windows below 1, a stream shorter than one
-            window.
-    """
-    stride = context if stride is None else stride
-    if context < 2:
-        raise ValueError(f"context={context} is below 2, but a window must predict one token from another; give more")
-    if not 1 <= stride <= context:
-        raise ValueError(
-            f"stride={stride} is not in 1..{context} (the window): a larger one would leave tokens out between "
-            "windows; give a smaller stride, or max_windows to sample"
-        )
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows={max_windows} is below 1; give at least 1, or nothing for all windows")
-    if tokens < context:
-        raise ValueError(
-            f"the data has {tokens} tokens, fewer than one window of {context}; give more text or a shorter context"
-        )
-    available = (tokens - context) // stride + 1
-    count = available if max_windows is None else min(max_windows, available)
-    starts = [(2 * i + 1) * available // (2 * count) * stride for i in range(count)]
-    return Windows(context, stride, starts, available, tokens - ((available - 1) * stride + context))
 
 
 def perplexity(
@@ -148,38 +95,34 @@ def perplexity(
     allow_beyond_rope: bool = False,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of `model`, in the attention mode that it is in, over windows of a token stream.
+    """Perplexity of `model`, in the attention mode that it is in, over windows of a stream that score no token twice.
+
+    `hici eval ppl` has the protocols of published tables and of lm-evaluation-harness (`hici.eval.protocols`).
 
     Args:
         model: a causal LM, plain, attached, or inside PEFT.
-        stream: token ids, int64 [X]; see `hici.data.packing.load_stream`.
+        stream: token ids, int64 [X]; see `hici.data.stream.load_stream`.
         context: tokens of a window, C.
-        stride, max_windows: see `choose_windows`.
+        stride, max_windows: see `hici.eval.windows.disjoint_windows`.
         allow_beyond_rope: permit more tokens than the model's rope represents.
         progress: called after each window with (done, all).
 
     Raises:
-        ValueError: see `choose_windows`; a context beyond the rope settings; a token outside of the vocabulary; a
+        ValueError: see `disjoint_windows`; a context beyond the rope settings; a token outside of the vocabulary; a
             loss that is not finite.
     """
-    windows = choose_windows(len(stream), context, stride, max_windows)
+    windows = disjoint_windows(len(stream), context, stride, max_windows)
     lm = get_causal_lm(model)
     if not allow_beyond_rope:
         check_context(lm.config, context)
-    _check_stream(stream, lm.config.vocab_size)
-    if leaks_future(model):
-        logger.warning(
-            "visibility %r in attention mode 'hici' lets a token see a summary of its own future: this is no "
-            "language-model perplexity (use visibility 'past', or attention 'full')",
-            visibility_in_use(model),
-        )
-    was_training = model.training
-    model.eval()
+    check_stream(stream, lm.config.vocab_size)
+    warn_if_not_causal(model)
     begin = time.perf_counter()
-    try:
-        losses = _window_losses(model, stream, windows, progress)
-    finally:
-        model.train(was_training)
+    losses = []
+    for window in windows.chosen:
+        losses.append(window_losses(model, stream, window).mean().item())
+        if progress is not None:
+            progress(len(losses), len(windows.chosen))
     seconds = time.perf_counter() - begin
     size = None if attention_mode(model) == FULL else min(hici_config(model).resolve_segment_size(context), context)
     return Perplexity(
@@ -190,32 +133,52 @@ def perplexity(
         segments=None if size is None else count_segments(context, size),
         windows=windows,
         losses=losses,
-        counts=[windows.scored(start) for start in windows.starts],
+        counts=windows.counts,
         stream_tokens=len(stream),
-        stream_sha256=hashlib.sha256(np.ascontiguousarray(stream, dtype="<i8").tobytes()).hexdigest(),
+        stream_sha256=stream_sha256(stream),
         seconds=seconds,
-        tokens_per_second=len(windows.starts) * context / seconds,
+        tokens_per_second=len(losses) * context / seconds,
     )
 
 
 @torch.inference_mode()
-def _window_losses(model: Any, stream: np.ndarray, windows: Windows, progress: Progress | None) -> list[float]:
-    """Mean loss of every window in nats, summed in float64."""
+def window_losses(model: Any, stream: np.ndarray, window: Window) -> np.ndarray:
+    """Losses of the tokens that a window scores, in order, in nats: float64 [last - first].
+
+    The model is in evaluation mode meanwhile.
+
+    Raises:
+        ValueError: a loss that is not finite.
+    """
+    read = torch.from_numpy(np.ascontiguousarray(stream[window.start : window.stop], dtype=np.int64))
+    targets = torch.full_like(read, IGNORE)
+    scored = slice(window.first - 1 - window.start, window.last - 1 - window.start)  # by the tokens before them
+    targets[scored] = torch.from_numpy(np.ascontiguousarray(stream[window.first : window.last], dtype=np.int64))
     device = get_decoder(model).device
-    losses: list[float] = []
-    for start in windows.starts:
-        ids = torch.from_numpy(np.ascontiguousarray(stream[start : start + windows.context], dtype=np.int64))
-        token_losses_C = next_token_losses(model, ids[None].to(device))[0]
-        # to the CPU first: not every device has float64
-        losses.append(token_losses_C[-windows.scored(start) :].cpu().double().mean().item())
-        if not math.isfinite(losses[-1]):
-            raise ValueError(
-                f"the loss of the window at token {start} is {losses[-1]}; a model with sound weights gives finite "
-                "ones: check the weights, or compute in float32 (--dtype float32)"
-            )
-        if progress is not None:
-            progress(len(losses), len(windows.starts))
+    was_training = model.training
+    model.eval()
+    try:
+        losses_C = target_losses(model, read[None].to(device), targets[None].to(device))[0]
+    finally:
+        model.train(was_training)
+    losses = losses_C.cpu().double()[scored].numpy()  # to the CPU first: not every device has float64
+    mean = losses.mean().item()
+    if not math.isfinite(mean):
+        raise ValueError(
+            f"the loss of the window at token {window.start} is {mean}; a model with sound weights gives finite "
+            "ones: check the weights, or compute in float32 (--dtype float32)"
+        )
     return losses
+
+
+def warn_if_not_causal(model: Any) -> None:
+    """Log what a number is not worth when tokens see their future."""
+    if leaks_future(model):
+        logger.warning(
+            "not causal: visibility %r in attention mode 'hici' lets a token see a summary of its own future: this is "
+            "no language-model perplexity (use visibility 'past', or attention 'full')",
+            visibility_in_use(model),
+        )
 
 
 def paired_difference(a: Perplexity, b: Perplexity) -> Estimate:
@@ -237,7 +200,18 @@ def paired_difference(a: Perplexity, b: Perplexity) -> Estimate:
     return weighted_estimate([x - y for x, y in zip(a.losses, b.losses, strict=True)], a.counts)
 
 
-def _check_stream(stream: np.ndarray, vocab_size: int) -> None:
+def exp_interval(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """An interval of a loss as one of perplexity."""
+    return None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
+
+
+def stream_sha256(stream: np.ndarray) -> str:
+    """SHA-256 of token ids as int64, little endian."""
+    return hashlib.sha256(np.ascontiguousarray(stream, dtype="<i8").tobytes()).hexdigest()
+
+
+def check_stream(stream: np.ndarray, vocab_size: int) -> None:
+    """Raise ValueError unless it is one row of ids in the vocabulary."""
     if stream.ndim != 1 or not np.issubdtype(stream.dtype, np.integer):
         raise ValueError(
             f"the stream has shape {stream.shape} and dtype {stream.dtype}; give token ids, integers in one row"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -19,11 +20,20 @@ class Estimate(NamedTuple):
     interval: tuple[float, float] | None
 
 
-def weighted_estimate(values: Sequence[float], weights: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+def weighted_estimate(
+    values: Sequence[float],
+    weights: Sequence[float],
+    confidence: float = CONFIDENCE,
+    *,
+    neighbours_depend: bool = False,
+) -> Estimate:
     """Weighted mean, its standard error over the values, and the t interval with n - 1 degrees of freedom.
 
     The error is that of a ratio estimator, sqrt(n / (n - 1) sum w_i^2 (x_i - mean)^2) with weights that sum to 1;
     equal weights give the usual s / sqrt(n). Values are taken as independent: windows of one text are roughly so.
+
+    `neighbours_depend`: each value depends on the one before and the one behind (they share tokens). Their products
+    count too (Hansen and Hodrick 1980), and half of the values for the degrees of freedom.
 
     Raises:
         ValueError: no values, another number of weights, or a weight that is not positive.
@@ -36,9 +46,13 @@ def weighted_estimate(values: Sequence[float], weights: Sequence[float], confide
     mean = math.fsum(w * x for w, x in zip(weights, values, strict=True)) / total
     if n == 1:
         return Estimate(mean, None, None)
-    squares = math.fsum((w / total * (x - mean)) ** 2 for w, x in zip(weights, values, strict=True))
+    parts = [w / total * (x - mean) for w, x in zip(weights, values, strict=True)]
+    squares, degrees = math.fsum(part**2 for part in parts), n - 1
+    if neighbours_depend:
+        squares += max(0.0, 2 * math.fsum(a * b for a, b in pairwise(parts)))  # less than independence is chance
+        degrees = max(1, n // 2 - 1)
     error = math.sqrt(squares * n / (n - 1))
-    half = t_quantile(confidence, n - 1) * error
+    half = t_quantile(confidence, degrees) * error
     return Estimate(mean, error, (mean - half, mean + half))
 
 

@@ -163,6 +163,20 @@ def next_token_losses(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
         return losses_T.view(targets.shape)
 
 
+def target_losses(model: Any, input_ids: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    """Losses [B, T] of predicting targets[b, t] from input_ids[b, :t + 1]; no gradient.
+
+    Targets of -100 count 0, and no logits are made for them. The rest as in `next_token_losses`.
+    """
+    with torch.no_grad():
+        head, hidden_BTD = _hidden_states(model, input_ids, inputs)
+        targets = targets.to(head.weight.device)
+        counted = targets != IGNORE
+        losses = torch.zeros(targets.shape, device=targets.device)
+        losses[counted] = token_losses(hidden_BTD[counted], head.weight, targets[counted], head.bias, _logit_cap(model))
+        return losses
+
+
 def next_token_loss(
     model: Any, input_ids: Tensor, labels: Tensor | None = None, **inputs: Any
 ) -> tuple[Tensor, Tensor]:
@@ -178,15 +192,20 @@ def next_token_loss(
 
 def _predictions(model: Any, input_ids: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
     """(head, hidden states [B (T-1), D], shifted targets [B, T-1])."""
-    head = _linear_head(model)
-    hidden_BTD = get_decoder(model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-    # a device_map may end on another device than it began
-    hidden_BTD, targets = hidden_BTD.to(head.weight.device), labels[:, 1:].to(head.weight.device)
+    head, hidden_BTD = _hidden_states(model, input_ids, inputs)
+    targets = labels[:, 1:].to(head.weight.device)
     mask = inputs.get("attention_mask")
     if mask is not None:
         padding = (mask[:, 1:] == 0) | (mask[:, :-1] == 0)
         targets = targets.masked_fill(padding.to(targets.device), IGNORE)
     return head, hidden_BTD[:, :-1].flatten(0, 1), targets
+
+
+def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """(head, hidden states [B, T, D] on its device: a device_map may end on another one than it began)."""
+    head = _linear_head(model)
+    hidden_BTD = get_decoder(model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    return head, hidden_BTD.to(head.weight.device)
 
 
 def _logit_cap(model: Any) -> float | None:
