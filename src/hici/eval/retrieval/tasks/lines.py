@@ -32,11 +32,11 @@ def _draft(draws: Draws, depth: float | None, options: Options, filler: Filler) 
             "",
             *lines,
             "",
-            f"The list is complete. What is the REGISTER_CONTENT of line {asked}? The REGISTER_CONTENT of line {asked} "
-            "is",
+            f"The list is complete. What is the REGISTER_CONTENT of line {asked}?",
+            f"line {asked}: REGISTER_CONTENT is",
         ))  # fmt: skip
 
-    return Draft(text, (number,), lead_in=f"The REGISTER_CONTENT of line {asked} is <", capacity=LINES)
+    return Draft(text, (number,), lead_in=f"The REGISTER_CONTENT of line {asked} is <", capacity=LINES, separator=" <")
 
 
 TASK = RetrievalTask(

@@ -28,13 +28,15 @@ def _draft(draws: Draws, depth: float | None, options: Options, filler: Filler) 
     task = "Variables are assigned in the text below, some from others. Keep track of their values."
     question = (
         f"Which variables hold the value {value} in the text above, directly or through others? Name all "
-        f"{len(expected)}. The variables are"
+        f"{len(expected)}, separated by commas. The variables are"
     )
+
+    listed = "The variables are:" + f" 1. VAR = {value}" * len(expected)  # models like lists, with the values
 
     def text(count: int) -> str:
         return f"{task}\n{hide(filler.first(count, draws), hidden)}\n{question}"
 
-    return Draft(text, expected, lead_in="The variables are VAR", capacity=filler.capacity)
+    return Draft(text, expected, lead_in=listed, capacity=filler.capacity)
 
 
 TASK = RetrievalTask(
