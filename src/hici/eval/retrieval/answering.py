@@ -23,7 +23,8 @@ def answer_prompt(
     """What the model says, greedily, and how good it is; everything is read anew.
 
     Args:
-        with_answer: tokens of the prompt and the expected answer behind it, for `answer_loss` (of a prompt with one answer).
+        with_answer: tokens of the prompt and the expected answer behind it, for `answer_loss` (where there is one
+            answer).
         allow_beyond_rope: see `Session`.
     """
     with measured_peak(model.device) as peak:

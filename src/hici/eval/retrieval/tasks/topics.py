@@ -21,7 +21,7 @@ _ASPECTS = (
 )  # fmt: skip
 _QUESTIONS = (
     "Could you tell me something about {}?", "I have often wondered about {}. What do you think?",
-    "What would you say about {}?", "And how does {} come into it?", "Somebody told me to ask about {}.",
+    "What would you say about {}?", "And what of {}?", "Somebody told me to ask about {}.",
     "Let us go on with {}.",
 )  # fmt: skip
 _ANSWERS = (
@@ -30,7 +30,7 @@ _ANSWERS = (
     "The usual view of {} is too simple; a closer look shows many small causes that work together.",
     "With {} it is best to begin with one example, and to follow it for some years.",
     "Much has been written about {}, though little of it is based on careful counting.",
-    "I find {} the most interesting part, since it surprises those who think they know everything already.",
+    "I find {} the most interesting part, and the one that surprises those who think they know everything.",
 )  # fmt: skip
 
 
