@@ -157,7 +157,7 @@ def test_variables_follow_from_the_assignments(chains, hops):
     assert len(values) == chains * (hops + 1)
     assert {name for name, value in values.items() if value == asked} == set(prompt.expected)
     assert len(prompt.expected) == hops + 1
-    assert len({value for value in values.values()}) == chains
+    assert len(set(values.values())) == chains
 
 
 @pytest.mark.parametrize("topics", [2, 7])
