@@ -157,6 +157,30 @@ def test_answer_loss_is_that_of_one_pass_and_the_answer_that_of_a_fresh_session(
             assert answer["answer_tokens"] == len(fresh.tokens)
 
 
+def test_sliding_windows_go_back_to_the_prompt_behind_the_answer_loss():
+    tokenizer = prompt_tokenizer("bytes")
+    model = tiny_model("gemma3", vocab_size=len(tokenizer), max_position_embeddings=512)  # windows of 64
+    settings = Settings(tasks=("passkey",), lengths=(300,), depths=(0.4,), samples=1)
+    (answer,) = run(model, tokenizer, settings)["conditions"][0]["answers"]
+    prompt = _prompt_of(settings, tokenizer, 0.4, 0)
+    with_answer = torch.tensor([encode_prompt(tokenizer, prompt.text + prompt.answer_text)])
+    with torch.no_grad():
+        losses = F.cross_entropy(model(with_answer).logits[0, :-1], with_answer[0, 1:], reduction="none")
+    assert answer["answer_loss"] == pytest.approx(losses[len(prompt.ids) - 1 :].mean().item(), abs=2e-5)
+    fresh = generate(Session(model), tokenizer, prompt.ids, max_new_tokens=prompt.max_new_tokens)
+    assert answer["answer"] == fresh.text
+
+
+def test_weights_that_give_no_numbers_are_said():
+    tokenizer = prompt_tokenizer("bytes")
+    model = model_for(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    settings = Settings(tasks=("passkey",), lengths=(300,), depths=(0.4,), samples=1)
+    with pytest.raises(ValueError, match="the loss of an answer is nan; a model with sound weights gives finite ones"):
+        run(model, tokenizer, settings)
+
+
 def test_conditions_say_how_the_prompt_was_read():
     tokenizer = prompt_tokenizer("bytes")
     settings = Settings(tasks=("passkey",), lengths=(300, 400), depths=(0.5,), samples=1)
@@ -237,8 +261,12 @@ def test_what_the_model_cannot_do_is_said_before_anything_is_measured():
     passkey = partial(Settings, tasks=("passkey",), samples=2)
     with pytest.raises(ValueError, match="600 tokens are more than the 512 positions of the model's rope"):
         plan_retrieval(model, tokenizer, ABOUT, passkey(lengths=(300, 600)), ["full"])
-    with pytest.raises(ValueError, match=r"length 100 is too short for task passkey: .* give at least 1\d\d"):
+    with pytest.raises(ValueError, match=r"length 100 is too short for task passkey: .* give at least 1\d\d") as error:
         plan_retrieval(model, tokenizer, ABOUT, passkey(lengths=(300, 100)), ["full"])
+    least = int(str(error.value).rpartition(" ")[2])
+    assert len(plan_retrieval(model, tokenizer, ABOUT, passkey(lengths=(300, least)), ["full"]).parts) == 40
+    with pytest.raises(ValueError, match="is too short"):
+        plan_retrieval(model, tokenizer, ABOUT, passkey(lengths=(least - 2,)), ["full"])
     with pytest.raises(ValueError, match="num_segments=4 with a HiCICache"):
         plan_retrieval(model, tokenizer, ABOUT, passkey(lengths=(300,)), ["full", "hici"])
     assert attention_mode(model) == "full"

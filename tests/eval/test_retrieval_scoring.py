@@ -123,6 +123,7 @@ def test_depths_are_evenly_spaced():
         ({"tasks": ("lines",), "cases": ("a.jsonl",), "case_tasks": ("lines",), "lengths": (1, 2)},
          "lengths 1 2 with prompts from files only"),
         ({"cases": ("a.jsonl",)}, "1 case files with 0 case_tasks"),
+        ({"cases": ("a", "a"), "case_tasks": ("lines", "lines")}, "case file a is given twice"),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip

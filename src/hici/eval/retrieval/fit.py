@@ -87,7 +87,7 @@ def make_prompt(case: Case, filler: Filler, tokenizer: Any, encode: Encode) -> P
     room = answer_room(tokenizer, draft.lead_in, answer)
     least = len(encode(draft.text(0))) + room
     if least > case.length:
-        raise ValueError(too_short(case, least))
+        raise ValueError(too_short(case, least, least))
     units, ids = _most_units(draft, case.length - room, encode)
     if units == draft.capacity:
         raise ValueError(
@@ -97,11 +97,11 @@ def make_prompt(case: Case, filler: Filler, tokenizer: Any, encode: Encode) -> P
     return Prompt(draft.text(units), ids, draft.expected, draft.separator + answer, room, units)
 
 
-def too_short(case: Case, least: int) -> str:
-    """The text of an error."""
+def too_short(case: Case, least: int, fitting: int) -> str:
+    """The text of an error: `least` tokens are needed; `fitting` is a length that works."""
     return (
         f"length {case.length} is too short for task {case.task.name}: without any filler its prompt and the room for "
-        f"its answer take {least} tokens in this tokenizer; give at least {least}"
+        f"its answer take {least} tokens in this tokenizer; give at least {fitting}"
     )
 
 

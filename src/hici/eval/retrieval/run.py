@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -131,16 +132,31 @@ def _generated(
     own_filler = filler if task.uses_filler else REPEATED
     cells = []
     for length in settings.lengths:
-        for depth in settings.depths_of(task):
-            cases = [Case(task, options, length, depth, i, settings.seed) for i in range(samples)]
-            least, case = max((shortest(c, own_filler, tokenizer, encode), c.sample, c) for c in cases)[::2]
-            if least > length:
-                raise ValueError(too_short(case, least))
+        grid = {
+            depth: [Case(task, options, length, depth, i, settings.seed) for i in range(samples)]
+            for depth in settings.depths_of(task)
+        }
+        _check_length([case for cases in grid.values() for case in cases], own_filler, tokenizer, encode)
+        for depth, cases in grid.items():
             make = [partial(make_prompt, c, own_filler, tokenizer, encode) for c in cases]
             cells.append(Cell(task, length, depth, make, [{"seed": c.own_seed} for c in cases], {"options": options}))
     if cells:
         max(cells, key=lambda cell: cell.context).prompts[0]()  # whether there is filler enough
     return cells
+
+
+def _check_length(cases: list[Case], filler: Filler, tokenizer: Any, encode: Callable[[str], list[int]]) -> None:
+    """Raise ValueError, with a length that works, where one of these prompts is too long without any filler."""
+
+    def least(case: Case) -> int:
+        return shortest(case, filler, tokenizer, encode)
+
+    longest = max(cases, key=least)
+    if least(longest) > longest.length:
+        fitting = next(  # other lengths have other numbers in them, so this one must be looked for
+            n for n in itertools.count(least(longest)) if all(least(replace(case, length=n)) <= n for case in cases)
+        )
+        raise ValueError(too_short(longest, least(longest), fitting))
 
 
 def _from_file(
@@ -236,6 +252,7 @@ def _protocol(settings: Settings, attentions: Sequence[str], limit: int) -> dict
         "skip_too_long": settings.skip_too_long,
         "chat": settings.chat,
         "prompts": PROMPTS,
+        "seconds": "reading the prompt, the answer loss and answering",
         "generation": "greedy, to the end of text or max_new_tokens, which with the prompt is no more than the length",
         "accuracy": "mean score of the answers' text: 1 or 0, or the share of the expected that is there (recall)",
         "answer_loss": "mean nats a token of the expected answer behind the prompt; null with several "

@@ -48,7 +48,12 @@ class Settings:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        for what, values in (("task", self.tasks), ("length", self.lengths), ("depth", self.depths or ())):
+        for what, values in (
+            ("task", self.tasks),
+            ("length", self.lengths),
+            ("depth", self.depths or ()),
+            ("case file", self.cases),
+        ):
             twice = [value for value in values if list(values).count(value) > 1]
             if twice:
                 raise ValueError(f"{what} {twice[0]} is given twice; give each once")
