@@ -124,7 +124,7 @@ def _memorise(model, tokenizer, rows):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = [torch.tensor(tokenizer(row)["input_ids"]) for row in rows]
     model.train()
-    for step in range(80):
+    for step in range(50):
         set_attention(model, ("full", "hici")[step % 2])
         optimizer.zero_grad()
         loss = sum(F.cross_entropy(model(ids[None]).logits[0, -9:-1], ids[-8:]) for ids in batch) / len(batch)
