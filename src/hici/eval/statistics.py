@@ -1,4 +1,4 @@
-"""Weighted means with standard errors and Student-t intervals, without scipy."""
+"""Weighted means with standard errors and Student-t intervals, and shares with theirs, without scipy."""
 
 from __future__ import annotations
 
@@ -54,6 +54,24 @@ def weighted_estimate(
     error = math.sqrt(squares * n / (n - 1))
     half = t_quantile(confidence, degrees) * error
     return Estimate(mean, error, (mean - half, mean + half))
+
+
+def wilson_interval(successes: float, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The score interval of Wilson (1927) for a share of successes: it stays in [0, 1], also with all or none.
+
+    Scores between 0 and 1 may be summed as successes: they spread less than zeros and ones of the same mean, so the
+    interval is rather too wide than too narrow.
+
+    Raises:
+        ValueError: no trials, successes outside of 0..trials, confidence outside of (0, 1).
+    """
+    if trials < 1 or not 0 <= successes <= trials or not 0 < confidence < 1:
+        raise ValueError(f"{successes} successes of {trials} trials at confidence {confidence}; give at least one "
+                         "trial, no more successes than trials, and a confidence in (0, 1)")  # fmt: skip
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), successes / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def t_quantile(confidence: float, degrees: int) -> float:

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 
-def new_mosaic(layout: Sequence[Sequence[str]], *, width: float, height: float) -> tuple[Any, dict[str, Any]]:
-    """(figure, axes by name): `layout` names what lies where, as in matplotlib's subplot_mosaic."""
+def new_mosaic(
+    layout: Sequence[Sequence[str]], *, width: float, height: float, heights: Sequence[float] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(figure, axes by name): `layout` names what lies where, as in matplotlib's subplot_mosaic.
+
+    `heights`: of the rows, in proportion; None: all alike.
+    """
     figure = _bare_figure(width, height)
-    axes = figure.subplot_mosaic([list(row) for row in layout])
+    axes = figure.subplot_mosaic([list(row) for row in layout], height_ratios=heights)
     for axis in axes.values():
         _style(axis)
     return figure, axes
