@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import Any
 
 from hici.cli.common import LOADING_NOTES, Loaded, positive
@@ -32,6 +31,8 @@ examples:
 {RESUME_NOTES}
 
 {LOADING_NOTES}"""
+
+_LONGBENCH_ANSWER = 512  # tokens of the longest answers that LongBench asks for
 
 
 def add_parser(subparsers: Any) -> None:
@@ -63,53 +64,66 @@ def run(args: argparse.Namespace) -> int:
     from hici.models.lookup import get_causal_lm
 
     suite = SUITES[args.suite]
-    loaded = load_for_evaluation(args, None)
+    loaded = load_for_evaluation(argparse.Namespace(**vars(args)), None)  # which finds out what "auto" is
     lengths = sorted(args.lengths or default_lengths(suite, get_causal_lm(loaded.model).config.max_position_embeddings))
     loaded = extend_to(args, loaded, lengths[-1])
     for command in suite_commands(args, suite, lengths):
-        _run_verb(args, command, loaded)
+        _run_verb(command, loaded)
     if is_first_process():
-        _run_verb(args, ["report", args.out, "--out", str(Path(args.out) / "report")], None)
+        _run_verb(["report", args.out], None)
     return 0
 
 
 def suite_commands(args: argparse.Namespace, suite: Suite, lengths: list[int]) -> list[list[str]]:
-    """The verbs of a suite, each as its own command line."""
-    shared = ["--attention", *args.attention, "--out", args.out, *(["--overwrite"] if args.overwrite else [])]
+    """The verbs of a suite, each as a command line that can be run alone."""
     words = [str(length) for length in lengths]
     data = ["--data", *args.data]
+    rope = ["--rope", args.rope] if args.rope != "none" else []
+    beyond = ["--allow-beyond-rope"] if args.allow_beyond_rope else []
+    shared = [*_loading_flags(args), "--out", args.out, *(["--overwrite"] if args.overwrite else [])]
     commands = []
     for protocol in suite.protocols:
         contexts = words[-1:] if protocol == "position" else words
-        windows = ["--max-windows", str(suite.max_windows)]
         commands.append(
-            ["eval", "ppl", args.model, *data, "--protocol", protocol, "--context", *contexts, *windows, *shared]
-        )
-    able = [attention for attention in args.attention if attention != "hici_s2"]  # it cannot generate
-    if able:
-        answering = ["--attention", *able, *shared[1 + len(args.attention) :]]
+            ["eval", "ppl", args.model, *data, "--protocol", protocol, "--context", *contexts, "--max-windows",
+             str(suite.max_windows), "--attention", *args.attention, *rope, *beyond, *shared]
+        )  # fmt: skip
+    answering = [attention for attention in args.attention if attention != "hici_s2"]  # which does not generate
+    if answering:
+        shared_by_answers = ["--attention", *answering, *shared]
         commands.append(
             ["eval", "retrieval", args.model, "--tasks", *suite.tasks, "--lengths", *words, "--depths",
-             str(suite.depths), "--samples", str(suite.samples), "--seed", str(args.seed), *answering]
+             str(suite.depths), "--samples", str(suite.samples), "--seed", str(args.seed), *rope, *beyond,
+             *shared_by_answers]
         )  # fmt: skip
         if args.longbench is not None:
-            commands.append(["eval", "longbench", args.model, "--data", args.longbench, *answering])
+            limit = ["--max-length", str(lengths[-1] - _LONGBENCH_ANSWER), *rope, *beyond] if rope or beyond else []
+            commands.append(["eval", "longbench", args.model, "--data", args.longbench, *limit, *shared_by_answers])
         if args.lm_tasks is not None:
-            commands.append(["eval", "lm", args.model, "--tasks", *args.lm_tasks, *answering])
+            limit = ["--max-length", words[-1], *rope, *beyond] if rope or beyond else []
+            commands.append(["eval", "lm", args.model, "--tasks", *args.lm_tasks, *limit, *shared_by_answers])
     if "hici" in args.attention and not args.no_slots:
-        commands.append(["inspect", args.model, *data, "--context", words[-1], *answering[1 + len(able) :]])
+        commands.append(["inspect", args.model, *data, "--context", words[-1], *beyond, *shared])
     return commands
 
 
-def _run_verb(args: argparse.Namespace, command: list[str], loaded: Loaded | None) -> None:
-    """One verb in this process, with the model that is loaded already, as `args` had it loaded."""
+def _loading_flags(args: argparse.Namespace) -> list[str]:
+    """How the model is loaded and cut into segments, as flags."""
+    words = []
+    for name in ("base_model", "context_length", "num_heads", "threads", "segment_size", "num_segments", "visibility"):
+        if getattr(args, name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    for name in ("device", "dtype"):
+        words += [f"--{name}", getattr(args, name)] if getattr(args, name) != "auto" else []
+    return words + (["--no-slots"] if args.no_slots else [])
+
+
+def _run_verb(command: list[str], loaded: Loaded | None) -> None:
+    """One verb in this process, with the model that is loaded already."""
     from hici.cli.main import parse
 
     if is_first_process():
         print(f"\n$ hici {shlex.join(command)}", flush=True)
     inner = parse(command)
-    if loaded is not None:
-        inner.loaded = loaded
-        for name in ("allow_beyond_rope", "segment_size", "num_segments", "visibility", "no_slots", "device"):
-            setattr(inner, name, getattr(args, name))
+    inner.loaded = loaded
     inner.run(inner)
