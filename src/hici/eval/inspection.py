@@ -5,7 +5,6 @@ Shapes: L layers, N segments, S tokens in a segment, M slots of one kind, H head
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from hici.attention import reference
 from hici.core.segments import count_segments
 from hici.eval.conditions import describe_condition
 from hici.eval.measure import Plan
-from hici.eval.perplexity import choose_windows
+from hici.eval.perplexity import check_stream, stream_sha256
+from hici.eval.windows import disjoint_windows
 from hici.models.lookup import HICI, attention_mode, attention_modules, get_causal_lm, get_decoder, hici_config
 from hici.models.modes import leaks_future
 from hici.models.observation import Observation, check_layers, observe_attention
@@ -66,12 +66,13 @@ def inspection_plan(
 
     Raises:
         ValueError: a model in another mode or without slots; a context that gives no segment any slots, or is beyond
-            the rope; a stream shorter than a window; no such layer. From measuring: weights that are not finite.
+            the rope; a stream shorter than a window, or with other ids than the model's; no such layer. From measuring: weights that are not finite.
     """
     _check_model(model, context)
     if not allow_beyond_rope:
         check_context(get_causal_lm(model).config, context)
-    chosen = choose_windows(len(stream), context, max_windows=windows)
+    check_stream(stream, get_causal_lm(model).config.vocab_size)
+    chosen = disjoint_windows(len(stream), context, max_windows=windows)
     numbers = check_layers(len(attention_modules(model)), layers)
     starts = {f"window at token {start}": start for start in chosen.starts}
     condition = describe_condition(model, context)
@@ -87,7 +88,7 @@ def inspection_plan(
             **_PROTOCOL,
         },
         model=about,
-        data={**(data or {}), "tokens": len(stream), "sha256": _sha256(stream)},
+        data={**(data or {}), "tokens": len(stream), "sha256": stream_sha256(stream)},
         seed=None,
         parts=list(starts),
         measure_part=lambda name: _inspect(model, stream[starts[name] : starts[name] + context], numbers),
@@ -215,7 +216,3 @@ def _mean(values: list[Any]) -> Any:
     if isinstance(values[0], list):
         return [_mean(list(each)) for each in zip(*values, strict=True)]
     return None if values[0] is None else math.fsum(values) / len(values)
-
-
-def _sha256(stream: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(stream, dtype="<i8").tobytes()).hexdigest()
