@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import hici
-from hici.data.packing import load_stream
+from hici.data.stream import load_stream
 from hici.eval.inspection import inspection_plan
 from hici.eval.measure import measure
 from hici.models.modes import set_attention

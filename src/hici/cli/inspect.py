@@ -98,7 +98,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _read_data(args: argparse.Namespace, loaded: Loaded) -> tuple[Any, dict[str, Any]]:
-    from hici.data.packing import load_stream
+    from hici.data.stream import load_stream
     from hici.models.lookup import get_causal_lm
 
     vocab_size = get_causal_lm(loaded.model).config.vocab_size

@@ -58,7 +58,7 @@ def inspection_plan(
 
     Args:
         model: with HiCI attached, in attention mode "hici", with slots in use; also inside PEFT.
-        stream: token ids, int64 [X]; see `hici.data.packing.load_stream`.
+        stream: token ids, int64 [X]; see `hici.data.stream.load_stream`.
         context: tokens of a window.
         windows: that many, evenly spaced; None: all of the stream.
         layers: numbers of the layers to look at; None: all.
@@ -66,7 +66,8 @@ def inspection_plan(
 
     Raises:
         ValueError: a model in another mode or without slots; a context that gives no segment any slots, or is beyond
-            the rope; a stream shorter than a window, or with other ids than the model's; no such layer. From measuring: weights that are not finite.
+            the rope; a stream shorter than a window, or with other ids than the model's; no such layer. From
+            measuring: weights that are not finite.
     """
     _check_model(model, context)
     if not allow_beyond_rope:
