@@ -66,7 +66,8 @@ def test_version(hici_command):
     [
         (["evl"], "unknown hici verb 'evl'; known: chat, convert, eval, generate, info, inspect, merge, "
          "report, score, train, verify. Did you mean 'eval'?"),
-        (["eval", "pp"], r"unknown hici eval verb 'pp'; known: all, lm, longbench, ppl, retrieval. Did you mean 'ppl'?"),
+        (["eval", "pp"], "unknown hici eval verb 'pp'; known: all, lm, longbench, ppl, retrieval. "
+         "Did you mean 'ppl'?"),
         ([], "the following arguments are required: VERB"),
         (["info", "--preset", "llama-2-7b", "--contxt", "5"], "unknown flag '--contxt' of `hici info`. Did you mean "
          "'--context'?"),

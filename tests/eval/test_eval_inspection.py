@@ -266,8 +266,10 @@ def test_a_model_without_hici_and_weights_that_are_not_finite():
     with pytest.raises(ValueError, match="HiCI is not attached"):
         inspection_plan(tiny_model(), stream(), CONTEXT)
     model = strong_model(visibility="past")
+    foreign = stream()
+    foreign[5] = VOCAB
     with pytest.raises(ValueError, match=f"token {VOCAB}, but the model's vocabulary has {VOCAB} entries"):
-        inspection_plan(model, stream() + 1, CONTEXT)
+        inspection_plan(model, foreign, CONTEXT)
     with torch.no_grad():
         attention_modules(model)[1].q_proj.weight[0] = torch.nan
     with pytest.raises(ValueError, match="attention weights of layer 1 are not finite"):
