@@ -1,4 +1,4 @@
-"""`hici report`: runs from their logs, drawn and summed up."""
+"""`hici report` of training runs: from their logs, drawn and summed up. (Results: tests/report.)"""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from hici.report.runs import read_run
-from hici.report.training import plot_training, smoothed, smoothing_window
+from hici.report.training import plot_training, smoothed, smoothing_window, training_figure
 
 
 def entries(steps=40, method="hici", visibility="all", resumed=(), ended=True):
@@ -40,11 +40,18 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures that are drawn, to look inside."""
+    """Wide figures that the command draws, to look inside; no time goes into their pixels."""
     figures = []
-    from hici.report import training
+    from hici.report.sections import training
 
-    monkeypatch.setattr(training, "save_figure", lambda figure, target: figures.append(figure) or target)
+    def draw(runs, *, narrow):
+        figure = training_figure(runs, narrow=narrow)
+        if not narrow:
+            figures.append(figure)
+        return figure
+
+    monkeypatch.setattr(training, "training_figure", draw)
+    monkeypatch.setattr("hici.report.write.png_bytes", lambda figure, narrow=False: bytes(24))
     return figures
 
 
@@ -62,7 +69,7 @@ def test_one_run(make_run, hici_command):
     run = make_run(resumed=(20,))
     done = hici_command("report", run)
     assert (done.status, done.err) == (0, "")
-    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "report" / "training.png").read_bytes().startswith(b"\x89PNG")
     assert facts(done.out) == {
         "method": "hici, visibility all (not causal)",
         "steps done": "40 of 40",
@@ -79,18 +86,21 @@ def test_one_run(make_run, hici_command):
         "not causal: with this visibility a token's loss in hici attention, in training too, sees its future"
         in done.out
     )
-    assert f"picture: {run / 'report.png'}" in done.out
-    assert hici_command("report", run).status == 0  # its own picture is drawn anew
+    assert f"report: {run / 'report' / 'index.html'}" in done.out
+    page = (run / "report" / "index.html").read_text()
+    assert "held-out, hici attention (not causal: visibility all)" in page
+    assert "4.5000 (step 0) -&gt; 2.2500 (step 40)" in page
+    assert hici_command("report", run).status == 0  # its own report is drawn anew
 
 
-def test_a_run_that_goes_on(make_run, hici_command):
+def test_a_run_that_goes_on(make_run, hici_command, drawn):
     run = make_run(steps=12, visibility="past", ended=False)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
-    done = hici_command("report", run, "--out", run.parent / "other" / "now.png")
+    done = hici_command("report", run, "--out", run.parent / "other" / "now")
     assert done.status == 0, done.err
-    assert (run.parent / "other" / "now.png").is_file()
-    assert not (run / "report.png").exists()
+    assert (run.parent / "other" / "now" / "training.png").is_file()
+    assert not (run / "report").exists()
     assert facts(done.out)["steps done"] == "12 of 40 (goes on, or was stopped)"
     assert facts(done.out)["held-out, hici attention"] == "5.0000"
     assert "not causal" not in done.out
@@ -98,7 +108,7 @@ def test_a_run_that_goes_on(make_run, hici_command):
 
 def test_several_runs_are_laid_over_one_another(make_run, hici_command, drawn, tmp_path):
     runs = [make_run("one/hici"), make_run("two/hici", visibility="past"), make_run("full", method="full", steps=30)]
-    done = hici_command("report", *runs, "--out", tmp_path / "all.png")
+    done = hici_command("report", *runs, "--out", tmp_path / "all")
     assert done.status == 0, done.err
     table = facts(done.out)
     assert table["method"] == ["hici, visibility all (not causal)", "hici, visibility past", "full"]
@@ -112,9 +122,8 @@ def test_several_runs_are_laid_over_one_another(make_run, hici_command, drawn, t
     assert sum(len(line.get_xdata()) == 40 for line in axes["hici_norm"].lines) == 4  # two runs, raw and smoothed
 
 
-def test_what_is_drawn(make_run, drawn):
-    plot_training([read_run(make_run(resumed=(20, 30)))], "x.png")
-    axes = panels(drawn[0])
+def test_what_is_drawn(make_run):
+    axes = panels(training_figure([read_run(make_run(resumed=(20, 30)))]))
     lines = {line.get_label(): line for line in axes["loss"].lines}
     assert list(lines["training"].get_ydata()) == [4 - i / 20 for i in range(1, 41)]
     mean = lines["training, mean of 5 steps"].get_ydata()
@@ -138,9 +147,21 @@ def test_what_is_drawn(make_run, drawn):
     assert all(text.get_fontsize() >= 10 for axis in axes.values() for text in axis.get_xticklabels())
 
 
-def test_what_is_not_recorded_is_said(make_run, drawn):
-    plot_training([read_run(make_run(method="full"))], "x.png")
-    axes = panels(drawn[0])
+def test_narrow(make_run, tmp_path):
+    runs = [read_run(make_run())]
+    wide, narrow = (training_figure(runs, narrow=each) for each in (False, True))
+    assert narrow.get_figwidth() < 5 < 10 < wide.get_figwidth()
+    for name, axis in panels(narrow).items():
+        assert [list(line.get_ydata()) for line in axis.lines] == [
+            list(line.get_ydata()) for line in panels(wide)[name].lines]  # fmt: skip
+    assert panels(narrow)["loss"].get_legend() is None  # it would hide the losses
+    assert [text.get_text() for text in narrow.legends[0].get_texts()] == [
+        text.get_text() for text in panels(wide)["loss"].get_legend().get_texts()]  # fmt: skip
+    assert plot_training(runs, tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_recorded_is_said(make_run):
+    axes = panels(training_figure([read_run(make_run(method="full"))]))
     assert [name for name, axis in axes.items() if any(t.get_text() == "not recorded" for t in axis.texts)] == [
         "hici_norm"
     ]
@@ -165,7 +186,7 @@ def test_a_loss_measured_again_after_a_resume_counts_once(make_run):
     assert read_run(run).heldout["full"] == [(0, 4.5), (40, 2.0)]
 
 
-def test_train_json_alone(make_run, hici_command):
+def test_train_json_alone(make_run, hici_command, drawn):
     """As runs before metrics.jsonl left it."""
     run = make_run()
     steps = [entry for entry in entries() if "event" not in entry]
@@ -191,19 +212,17 @@ def test_train_json_alone(make_run, hici_command):
     assert "tokens a second" not in facts(done.out)
 
 
-def test_one_step_shows_something(make_run, drawn):
-    plot_training([read_run(make_run(steps=1))], "x.png")
-    assert panels(drawn[0])["loss"].lines[0].get_marker() == "."
+def test_one_step_shows_something(make_run):
+    assert panels(training_figure([read_run(make_run(steps=1))]))["loss"].lines[0].get_marker() == "."
 
 
 @pytest.mark.parametrize("name", ["_hidden", "a$b$c"])
 def test_names_that_matplotlib_would_read_otherwise(make_run, name, hici_command, tmp_path, drawn):
-    done = hici_command("report", make_run(name), make_run("plain"), "--out", tmp_path / "x.png")
+    done = hici_command("report", make_run(name), make_run("plain"), "--out", tmp_path / "x")
     assert done.status == 0, done.err
     text = panels(drawn[0])["loss"].get_legend().get_texts()[0].get_text()
     assert text.strip().replace("\\", "") == name
-    plot_training([read_run(tmp_path / name)], "x.png")
-    drawn[1].draw_without_rendering()
+    training_figure([read_run(tmp_path / name)]).draw_without_rendering()
 
 
 def test_smoothing_is_a_mean_around_each_step():
@@ -216,31 +235,32 @@ def test_smoothing_is_a_mean_around_each_step():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["gone"], "gone does not exist, but a run is a directory; give the output_dir of a recipe"),
-        (["file"], "file is a file, but a run is a directory"),
-        (["empty"], "empty holds neither metrics.jsonl nor train.json, so no run"),
+        (["gone"], "gone does not exist; give a result's JSON, a directory with results, or the output_dir"),
+        (["file", "--out", "x"], "file is not valid JSON"),
+        (["file"], "file is a file, so there is no directory for the report yet; give --out DIR"),
+        (["empty"], "empty holds no result, no training comparison, and neither metrics.jsonl nor train.json"),
         (["fresh"], "the run in fresh has no optimizer step yet"),
         (["nothing"], "the run in nothing has no optimizer step yet"),
         (["foreign"], "foreign/train.json has no list of steps, so `hici train` did not write it"),
         (["broken"], "broken/metrics.jsonl, line 2 is not JSON"),
-        (["run", "run"], "run is given twice; give each run once"),
-        (["run", "./run"], "./run is given twice; give each run once"),
-        (["run", "other"], "2 runs have no one place for the picture; give --out FILE.png"),
-        (["run", "--out", "x.jpg"], "--out x.jpg does not end in .png"),
-        (["run", "--out", "there.png"], "there.png exists, and nothing is overwritten silently"),
-        (["run", "--out", "folder.png", "--overwrite"], "folder.png is a directory, but a picture is to be written"),
-        (["run", "--out", "file/x.png"], "nothing can be written in"),
-        (["run", "--overwrite"], "--overwrite is for --out only; drop it"),
+        (["run", "run", "--out", "x"], "run is given twice; give each result and each run once"),
+        (["run", "./run", "--out", "x"], "run is given twice; give each result and each run once"),
+        (["run", "other"], "2 results have no one place for the report; give --out DIR"),
+        (["run", "--out", "there"], "there holds no .hici-report.json, so it is no directory of this kind"),
+        (["run", "--out", "there", "--overwrite"], "there holds no .hici-report.json"),
+        (["run", "--out", "file"], "file is a file, but a directory is to be written there"),
+        (["run", "--out", "file/x"], "nothing can be written in"),
+        (["run", "--out", "run"], "run is or holds run, which is read"),
     ],
     ids=str,
 )
 def test_bad_input(arguments, message, make_run, hici_command, tmp_path, monkeypatch):
     make_run("run")
     shutil.copytree(tmp_path / "run", tmp_path / "other")
-    for name in ("empty", "fresh", "nothing", "foreign", "broken", "folder.png"):
+    for name in ("empty", "fresh", "nothing", "foreign", "broken", "there"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").write_text("")
-    (tmp_path / "there.png").write_text("precious")
+    (tmp_path / "there" / "index.html").write_text("precious")
     (tmp_path / "nothing" / "metrics.jsonl").write_text("")
     (tmp_path / "fresh" / "metrics.jsonl").write_text('{"event": "start", "step": 0}\n')
     (tmp_path / "foreign" / "train.json").write_text('{"loss": 1.0}')
@@ -250,10 +270,5 @@ def test_bad_input(arguments, message, make_run, hici_command, tmp_path, monkeyp
     assert (done.status, done.out) == (2, "")
     assert message in done.err
     assert done.err.count("\n") == 1
-    assert (tmp_path / "there.png").read_text() == "precious"
-
-
-def test_overwrite(make_run, hici_command, tmp_path):
-    (tmp_path / "there.png").write_text("old")
-    assert hici_command("report", make_run(), "--out", tmp_path / "there.png", "--overwrite").status == 0
-    assert (tmp_path / "there.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "there" / "index.html").read_text() == "precious"
+    assert not (tmp_path / "gone").exists()

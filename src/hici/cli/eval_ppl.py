@@ -146,12 +146,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
 
 
 def _draw(result: dict[str, Any], target: Path) -> Path:
-    from hici.eval.conditions import attention_label
-    from hici.report.plots import loss_by_context
+    from hici.report.charts.perplexity import draw_perplexity
 
-    series: dict[str, list[Any]] = {}
-    for found in result["conditions"]:
-        point = (found["context"], found["mean_loss"], found["loss_interval"])
-        series.setdefault(attention_label(found), []).append(point)
     title = f"{result['model']['path']}: protocol {result['protocol']['name']}, {result['data']['tokens']:,} tokens"
-    return loss_by_context(target.with_suffix(".png"), series, title)
+    return draw_perplexity(target.with_suffix(".png"), result, title)

@@ -1,4 +1,4 @@
-"""`hici report`: the picture and the numbers of training runs."""
+"""`hici report`: results and training runs as one page, with pictures."""
 
 from __future__ import annotations
 
@@ -7,63 +7,59 @@ from pathlib import Path
 from typing import Any
 
 _DESCRIPTION = """\
-Draw training runs: loss, gradient norms, learning rates, speed and memory by optimizer step, held-out losses and
-resumes; and print their numbers. RUN is a recipe's output_dir. It reads metrics.jsonl, also while the run goes on, or
-train.json where there is no metrics.jsonl. Several runs are drawn over one another."""
+Draw results (of `hici eval`, `hici score`, `hici inspect`) and training runs as one page, index.html, that needs no
+network and nothing beside it, and as PNGs; and print the numbers of training runs. RESULT is a result's JSON, a
+directory with results (searched itself and one level below), the output_dir of a recipe (also while the run goes on),
+or a JSON of benchmarks/compare.py. Several are compared. An earlier report is drawn anew; any other directory is left
+alone."""
 
 _EXAMPLES = """\
 examples:
-  hici report runs/smollm2-8k
-  hici report runs/hici runs/hici_s2 runs/full --out comparison.png"""
+  hici report runs/smollm2-8k                                  (into runs/smollm2-8k/report)
+  hici report results/base results/adapter --out report
+  hici report runs/hici runs/hici_s2 runs/full --out comparison"""
 
-_PICTURE = "report.png"
+_FOLDER = "report"
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb."""
     parser = subparsers.add_parser(
-        "report", help="draw training runs", description=_DESCRIPTION, epilog=_EXAMPLES
-    )  # fmt: skip
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="output_dir of a recipe")
-    parser.add_argument("--out", metavar="FILE.png", help=f"the picture (default for one run: RUN/{_PICTURE}, drawn "
-                        "anew each time)")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+        "report", help="a page of results and training runs", description=_DESCRIPTION, epilog=_EXAMPLES
+    )
+    parser.add_argument("results", metavar="RESULT", nargs="+", help="result JSON, directory, or training run")
+    parser.add_argument("--out", metavar="DIR", help=f"directory (default for one directory: RESULT/{_FOLDER})")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report also where files were "
+                        "added to it")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, draw, print."""
-    from hici.report.runs import distinct_labels, read_run
-    from hici.report.training import plot_training
+    from hici.report.gather import gather
+    from hici.report.write import check_report_target, write_report
 
-    labels = distinct_labels(args.runs)
     target = _target(args)
-    runs = [read_run(directory, label) for directory, label in zip(args.runs, labels, strict=True)]
-    plot_training(runs, target)
-    _print(runs)
-    print(f"picture: {target}")
+    gathered = gather(args.results)
+    check_report_target(target, overwrite=args.overwrite)
+    page = write_report(gathered, target, overwrite=args.overwrite)
+    if gathered.runs:
+        _print(gathered.runs)
+    print(f"report: {page}")
     return 0
 
 
 def _target(args: argparse.Namespace) -> Path:
-    from hici.files import check_writable
+    from hici.files import refuse_sources
 
     if args.out is None:
-        if args.overwrite:
-            raise ValueError("--overwrite is for --out only; drop it")
-        if len(args.runs) > 1:
-            raise ValueError(f"{len(args.runs)} runs have no one place for the picture; give --out FILE.png")
-        target = Path(args.runs[0]).expanduser() / _PICTURE
-    else:
-        target = Path(args.out).expanduser()
-        if target.suffix.lower() != ".png":
-            raise ValueError(f"--out {args.out} does not end in .png, and a PNG is written; give such a name")
-    if target.is_dir():
-        raise ValueError(f"{target} is a directory, but a picture is to be written there; give another --out")
-    if args.out is not None and target.exists() and not args.overwrite:
-        raise ValueError(f"{target} exists, and nothing is overwritten silently; give another --out or --overwrite")
-    if target.parent.is_dir() or args.out is not None:  # a RUN that is not there has an error of its own
-        check_writable(target.parent)
-    return target
+        if len(args.results) > 1:
+            raise ValueError(f"{len(args.results)} results have no one place for the report; give --out DIR")
+        source = Path(args.results[0]).expanduser()
+        if source.is_file():
+            raise ValueError(f"{source} is a file, so there is no directory for the report yet; give --out DIR")
+        return source / _FOLDER
+    refuse_sources(args.out, *args.results)
+    return Path(args.out).expanduser()
 
 
 def _print(runs: list[Any]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hici.core.segments import count_segments
+from hici.eval.labels import NOT_CAUSAL, attention_label
 from hici.models.lookup import FULL, attention_mode, hici_config
 from hici.models.modes import leaks_future, visibility_in_use
 
-NOT_CAUSAL = "not causal"
+__all__ = ["NOT_CAUSAL", "attention_label", "describe_condition"]
 
 
 def describe_condition(model: Any, context: int | None) -> dict[str, Any]:
@@ -35,11 +36,3 @@ def describe_condition(model: Any, context: int | None) -> dict[str, Any]:
         "segments": segments,
         "context": context,
     }
-
-
-def attention_label(condition: dict[str, Any]) -> str:
-    """ "full", "hici_s2", "hici, past", "hici, all (not causal)", "hici, no slots" of a condition or what holds one."""
-    label = str(condition["attention"])
-    if condition["attention"] == "hici":
-        label += f", {condition['visibility']}" if condition["visibility"] else ", no slots"
-    return label if condition["causal"] else f"{label} ({NOT_CAUSAL})"

@@ -22,7 +22,7 @@ from hici.eval.bootstrap import bootstrap_interval
 from hici.eval.conditions import describe_condition
 from hici.eval.measure import Plan
 from hici.eval.perplexity import check_stream, exp_interval, stream_sha256, warn_if_not_causal, window_losses
-from hici.eval.statistics import CONFIDENCE, weighted_estimate
+from hici.eval.statistics import CONFIDENCE, group_means, weighted_estimate
 from hici.eval.windows import (
     OVERLAPPING,
     PUBLISHED_STRIDE,
@@ -182,7 +182,7 @@ def paired_differences(conditions: Sequence[dict[str, Any]]) -> list[dict[str, A
         for condition in later:
             windows = condition["windows"]
             gaps = [a - b for a, b in zip(condition["losses"], first["losses"], strict=True)]
-            values, weights = _grouped(gaps, condition["counts"], windows["groups"])
+            values, weights = group_means(gaps, condition["counts"], windows["groups"])
             estimate = weighted_estimate(values, weights, neighbours_depend=windows["unit"] == OVERLAPPING)
             differences.append(
                 {"context": context, "attention": condition["attention"], "minus": first["attention"],
@@ -209,7 +209,7 @@ def _measure_window(model: Any, stream: np.ndarray, window: Window, edges: list[
 def _condition(protocol: str, windows: Windows, measured: list[dict[str, Any]], edges: Sequence[int]) -> dict[str, Any]:
     """The numbers of one length in one attention."""
     losses, counts = [part["loss"] for part in measured], windows.counts
-    values, weights = _grouped(losses, counts, windows.groups)
+    values, weights = group_means(losses, counts, windows.groups)
     estimate = weighted_estimate(values, weights, neighbours_depend=windows.unit == OVERLAPPING)
     interval, method = estimate.interval, f"Student's t, unit: {windows.unit}"
     if protocol == "strict":
@@ -246,14 +246,3 @@ def _bins(measured: list[dict[str, Any]], edges: Sequence[int]) -> list[dict[str
         bins.append({"first": low, "last": high - 1, "tokens": (high - low) * len(means), "mean_loss": estimate.mean,
                      "standard_error": estimate.standard_error, "interval": estimate.interval})  # fmt: skip
     return bins
-
-
-def _grouped(losses: Sequence[float], counts: Sequence[int], groups: Sequence[int]) -> tuple[list[float], list[float]]:
-    """(token-weighted mean, tokens) of every group of windows, which stand side by side."""
-    values, weights = [], []
-    for _, members in groupby(zip(groups, losses, counts, strict=True), key=lambda member: member[0]):
-        found = [(loss, count) for _, loss, count in members]
-        tokens = sum(count for _, count in found)
-        values.append(math.fsum(loss * count for loss, count in found) / tokens)
-        weights.append(float(tokens))
-    return values, weights

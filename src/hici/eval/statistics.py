@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -118,3 +118,16 @@ def _t_quantile_of_many(z: float, degrees: int) -> float:
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     return z + first / degrees + second / degrees**2
+
+
+def group_means(
+    losses: Sequence[float], counts: Sequence[int], groups: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """(token-weighted mean, tokens) of every group of windows, which stand side by side."""
+    values, weights = [], []
+    for _, members in groupby(zip(groups, losses, counts, strict=True), key=lambda member: member[0]):
+        found = [(loss, count) for _, loss, count in members]
+        tokens = sum(count for _, count in found)
+        values.append(math.fsum(loss * count for loss, count in found) / tokens)
+        weights.append(float(tokens))
+    return values, weights

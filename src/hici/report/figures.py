@@ -1,12 +1,18 @@
-"""Figures without a display, written whole."""
+"""Figures without a display, written whole; each in two widths, since a wide one cannot be read on a phone."""
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+WIDE_INCHES, NARROW_INCHES = 10.0, 4.4
+_DPI = {False: 160, True: 220}  # a phone has more pixels an inch
+GREY = "#595959"
 
 
 def new_mosaic(
@@ -32,6 +38,25 @@ def new_figure(*, columns: int = 1, width: float = 5.0, height: float = 3.6) -> 
     return figure, axes
 
 
+def new_panels(
+    count: int, *, narrow: bool, columns: int = 2, height: float = 3.6, below: float = 0.0
+) -> tuple[Any, list[Any]]:
+    """(figure, `count` axes) as wide as a page, or as a phone where `narrow` (then one column).
+
+    Args:
+        columns: at most so many beside each other. height: of a row, in inches. below: more for a legend.
+    """
+    columns = 1 if narrow else min(count, columns)
+    rows = math.ceil(count / columns)
+    figure = _bare_figure(NARROW_INCHES if narrow else WIDE_INCHES, height * rows + below)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count]:
+        _style(axis, narrow)
+    return figure, axes[:count]
+
+
 def _bare_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,9 +66,84 @@ def _bare_figure(width: float, height: float) -> Any:
     return figure
 
 
-def _style(axis: Any) -> None:
+def _style(axis: Any, narrow: bool = False) -> None:
+    """A quiet frame and grid, and text that can be read."""
     axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=9.5 if narrow else 10.5)
+    for direction in (axis.xaxis, axis.yaxis):
+        direction.label.set_fontsize(10 if narrow else 11)
+
+
+def panel_title(axis: Any, title: str, narrow: bool = False) -> None:
+    """Left, bold, folded where it is longer than its panel."""
+    import textwrap
+
+    width = axis.get_subplotspec().get_gridspec().ncols
+    letters = 46 if narrow else 96 // width
+    axis.set_title("\n".join(textwrap.wrap(plain(title), letters)), loc="left", fontsize=10.5 if narrow else 11.5,
+                   fontweight="bold")  # fmt: skip
+
+
+def legend_below(figure: Any, axis: Any, *, narrow: bool) -> None:
+    """The lines of `axis` named below the figure, in as many columns as fit."""
+    handles, labels = axis.get_legend_handles_labels()
+    if not handles:
+        return
+    longest = max(map(len, labels))
+    columns = 1 if narrow else max(1, min(len(labels), 4, 120 // (longest + 9)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9.5 if narrow else 10.5,
+                  frameon=False, handlelength=3.6, columnspacing=1.6)  # fmt: skip
+
+
+def legend_height(names: Sequence[str], *, narrow: bool) -> float:
+    """Inches that `legend_below` takes."""
+    longest = max(map(len, names), default=0)
+    columns = 1 if narrow else max(1, min(len(names), 4, 120 // (longest + 9)))
+    return 0.15 + 0.22 * math.ceil(len(names) / columns)
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: no mathematics, and not hidden for its first underscore."""
+    return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
+
+
+def tokens(count: float) -> str:
+    """8192 -> "8K", 3500 -> "3,500"."""
+    return f"{count / 1024:g}K" if count >= 1024 and count % 1024 == 0 else f"{count:,.0f}"
+
+
+def context_ticks(axis: Any, contexts: Sequence[int]) -> None:
+    """A logarithmic axis of lengths, with a tick at each that was measured."""
+    contexts = sorted(set(contexts))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(contexts, [tokens(context) for context in contexts])
+    axis.minorticks_off()
+    if len(contexts) > 7:
+        axis.tick_params(axis="x", labelrotation=45)
+    if len(contexts) == 1:
+        axis.set_xlim(contexts[0] / 2, contexts[0] * 2)
+    axis.set_xlabel("context, tokens (K = 1,024)")
+
+
+def plain_log_scale(axis: Any) -> None:
+    """A logarithmic y axis with plain numbers, and some between the powers of ten where there are few of these."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log", nonpositive="mask")
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    low, high = axis.get_ylim()
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high < 10 * low else (2, 5)))
+    axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 100 * low else NullFormatter())
+    axis.tick_params(which="minor", labelsize=axis.yaxis.get_ticklabels()[0].get_fontsize())
+
+
+def png_bytes(figure: Any, *, narrow: bool = False) -> bytes:
+    """The PNG: the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=_DPI[narrow], format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def save_figure(figure: Any, target: str | Path) -> Path:

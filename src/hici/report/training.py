@@ -7,18 +7,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hici.report.figures import new_mosaic, save_figure
+from hici.report.figures import GREY, NARROW_INCHES, new_mosaic, plain, plain_log_scale, save_figure
 from hici.report.runs import RunLog
 from hici.report.tables import size
 
 # Okabe and Ito's colours, which stay apart without full colour vision; every line has a style of its own as well
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-_GREY = "#666666"
 _MARKERS = {"full": "o", "hici": "s", "hici_s2": "^"}
 _HELDOUT_COLOURS = {"full": "#D55E00", "hici": "#009E73", "hici_s2": "#CC79A7"}
 
 _LAYOUT = (("loss", "loss", "hici_norm"), ("loss", "loss", "other_norm"), ("rate", "speed", "memory"))
+_NARROW_LAYOUT = (("loss",), ("loss",), ("hici_norm",), ("other_norm",), ("rate",), ("speed",), ("memory",))
 _TITLES = {
     "loss": ("loss", "nats a token"),
     "hici_norm": ("gradient norm: HiCI modules", "before clipping"),
@@ -36,28 +36,50 @@ class _Look(NamedTuple):
 
 
 def plot_training(runs: Sequence[RunLog], target: str | Path) -> Path:
-    """A PNG of one run, or of several over one another. A number that no run has is said to be not recorded."""
-    figure, axes = new_mosaic(_LAYOUT, width=15.0, height=10.0)
+    """`training_figure` as a PNG."""
+    return save_figure(training_figure(runs), target)
+
+
+def training_figure(runs: Sequence[RunLog], *, narrow: bool = False) -> Any:
+    """One run, or several over one another. A number that no run has is said to be not recorded.
+
+    Args:
+        narrow: as wide as a phone, and without the title.
+    """
+    if narrow:
+        figure, axes = new_mosaic(_NARROW_LAYOUT, width=NARROW_INCHES, height=18.0)
+    else:
+        figure, axes = new_mosaic(_LAYOUT, width=14.0, height=9.6)
     for name, (title, unit) in _TITLES.items():
-        axes[name].set_title(title, fontsize=15 if name == "loss" else 13)
+        large = 15 if name == "loss" else 13
+        axes[name].set_title(title, fontsize=11 if narrow else large)
         axes[name].set_ylabel(unit)
         axes[name].set_xlabel("optimizer step")
     single = len(runs) == 1
     for i, run in enumerate(runs):
-        look = _Look(_COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)], None if single else _plain_text(run.label))
-        _draw_loss(axes["loss"], run, look)
-        _draw_norms(axes, run, look)
-        _draw_rates(axes["rate"], run, look)
-        _draw_line(axes["speed"], run, "tokens_per_second", look, smooth=True)
-        _draw_line(axes["memory"], run, "peak_memory_bytes", look, scale=2**-30)
-        for axis in axes.values():
-            for step in run.resumes:
-                colour = _GREY if single else look.colour
-                label = _once(axis, "resumed") if axis is axes["loss"] else None
-                axis.axvline(step, color=colour, linestyle=(0, (1, 2)), linewidth=1.2, label=label)
-    _finish(axes)
-    figure.suptitle(_plain_text(describe_run(runs[0])) if single else f"{len(runs)} runs", fontsize=16)
-    return save_figure(figure, target)
+        look = _Look(_COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)], None if single else plain(run.label))
+        _draw_run(axes, run, look)
+    _finish(axes, 9.5 if narrow else 11)
+    if narrow:  # it would hide half of the losses
+        handles, labels = axes["loss"].get_legend_handles_labels()
+        axes["loss"].get_legend().remove()
+        figure.legend(handles, labels, loc="outside upper center", fontsize=9.5, frameon=False)
+    else:
+        figure.suptitle(plain(describe_run(runs[0])) if single else f"{len(runs)} runs", fontsize=16)
+    return figure
+
+
+def _draw_run(axes: dict[str, Any], run: RunLog, look: _Look) -> None:
+    _draw_loss(axes["loss"], run, look)
+    _draw_norms(axes, run, look)
+    _draw_rates(axes["rate"], run, look)
+    _draw_line(axes["speed"], run, "tokens_per_second", look, smooth=True)
+    _draw_line(axes["memory"], run, "peak_memory_bytes", look, scale=2**-30)
+    for axis in axes.values():
+        for step in run.resumes:
+            colour = GREY if look.label is None else look.colour
+            label = _once(axis, "resumed") if axis is axes["loss"] else None
+            axis.axvline(step, color=colour, linestyle=(0, (1, 2)), linewidth=1.2, label=label)
 
 
 def describe_run(run: RunLog) -> str:
@@ -130,10 +152,10 @@ def _draw_loss(axis: Any, run: RunLog, look: _Look) -> None:
     label = look.label or ("training" if window == 1 else f"training, mean of {window} steps")
     axis.plot(steps, smoothed(losses, window), label=label, **_line(look, steps, width=2.2))
     for attention, points in run.heldout.items():
-        colour = _HELDOUT_COLOURS.get(attention, _GREY) if look.label is None else look.colour
+        colour = _HELDOUT_COLOURS.get(attention, GREY) if look.label is None else look.colour
         hollow = attention in run.leaks_future
         options = {"linestyle": "none", "marker": _MARKERS.get(attention, "D"), "markersize": 9, "markeredgewidth": 1.8}
-        legend_colour = colour if look.label is None else _GREY  # several runs: the form is named, once
+        legend_colour = colour if look.label is None else GREY  # several runs: the form is named, once
         axis.plot(
             [],
             [],
@@ -154,7 +176,7 @@ def _draw_norms(axes: Any, run: RunLog, look: _Look) -> None:
         if group in run.clips and axis.lines:
             label = _once(axis, f"clip {run.clips[group]:g}")
             if label is not None:
-                axis.axhline(run.clips[group], color=_GREY, linestyle=(0, (8, 3)), linewidth=1.2, label=label)
+                axis.axhline(run.clips[group], color=GREY, linestyle=(0, (8, 3)), linewidth=1.2, label=label)
 
 
 def _draw_rates(axis: Any, run: RunLog, look: _Look) -> None:
@@ -183,11 +205,6 @@ def _line(look: _Look, steps: Sequence[int], *, width: float) -> dict[str, Any]:
     return {"color": look.colour, "linestyle": look.style, "linewidth": width, "marker": marker}
 
 
-def _plain_text(text: str) -> str:
-    """Text that matplotlib shows as it is: no mathematics, and not hidden for its first underscore."""
-    return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
-
-
 def _once(axis: Any, label: str) -> str | None:
     """The label, unless the axis has it already."""
     return None if label in axis.get_legend_handles_labels()[1] else label
@@ -198,18 +215,18 @@ def _only(look: _Look, label: str) -> str | None:
     return label if look.label is None else None
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Any, size: float) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     for name, axis in axes.items():
         if not any(len(line.get_xdata()) for line in axis.lines):
-            axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color=_GREY)
+            axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color=GREY)
             axis.set(xticks=[], yticks=[])
             continue
-        axis.tick_params(labelsize=11)
+        axis.tick_params(labelsize=size)
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         if name.endswith("norm"):
-            _logarithmic(axis)
+            plain_log_scale(axis)
         elif name == "rate":
             axis.set_yscale("log", nonpositive="mask")
         elif name in ("speed", "memory"):
@@ -219,16 +236,4 @@ def _finish(axes: Any) -> None:
             zip(*axis.get_legend_handles_labels(), strict=True), key=lambda pair: pair[0].get_linestyle() == "None"
         )
         if pairs:  # lines, then markers
-            axis.legend(*zip(*pairs, strict=True), fontsize=11)
-
-
-def _logarithmic(axis: Any) -> None:
-    """Powers of ten as plain numbers, and 2 and 5 between them where there are few powers."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axis.set_yscale("log", nonpositive="mask")
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    low, high = axis.get_ylim()
-    axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 100 * low else NullFormatter())
-    axis.tick_params(which="minor", labelsize=11)
+            axis.legend(*zip(*pairs, strict=True), fontsize=size)

@@ -1,0 +1,110 @@
+"""Perplexity against length, and loss against position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hici.report.figures import (
+    context_ticks,
+    legend_below,
+    legend_height,
+    new_panels,
+    panel_title,
+    plain,
+    plain_log_scale,
+    save_figure,
+    tokens,
+)
+from hici.report.series import Series, by_context, series_of
+
+
+def draw_perplexity(target: str | Path, record: dict[str, Any], title: str) -> Path:
+    """The PNG of one result: perplexity against length, or, under protocol position, loss by position."""
+    series = series_of([("", record)])
+    if record["protocol"]["name"] == "position":
+        return save_figure(position_figure(series, title=title), target)
+    return save_figure(perplexity_figure(series, title=title), target)
+
+
+def perplexity_figure(series: Sequence[Series], *, title: str = "", narrow: bool = False) -> Any:
+    """One line a series, 95 % intervals as bars. Hollow markers: not causal.
+
+    Args:
+        series: of one protocol: lines of two must not be compared. Entries: context, ppl, ppl_interval.
+        title: names the protocol.
+    """
+    figure, (axis,) = new_panels(1, narrow=narrow, height=4.2, below=legend_height(_names(series), narrow=narrow))
+    shown = []
+    for i, one in enumerate(series):
+        points = by_context(one.entries)
+        aside = 2 ** (0.05 * (i - (len(series) - 1) / 2))  # or the bars of one context hide each other
+        values = [point["ppl"] for point in points]
+        bounds = [point.get("ppl_interval") or (value, value) for point, value in zip(points, values, strict=True)]
+        error_line(axis, [point["context"] * aside for point in points], values, bounds, one)
+        shown += values
+    context_ticks(axis, [point["context"] for one in series for point in one.entries])
+    axis.set_ylabel("perplexity (bars: 95 % interval)")
+    if max(shown) > 3 * min(shown):  # a model beyond its positions would press all else into one line
+        plain_log_scale(axis)
+    panel_title(axis, title, narrow)
+    legend_below(figure, axis, narrow=narrow)
+    return figure
+
+
+def position_figure(series: Sequence[Series], *, title: str = "", narrow: bool = False) -> Any:
+    """Loss by position in the window, a panel a context; 95 % intervals as bands.
+
+    Args:
+        series: entries with context and bins: first, last (a position: tokens before it), mean_loss, interval.
+    """
+    contexts = sorted({entry["context"] for one in series for entry in one.entries})
+    below = legend_height(_names(series), narrow=narrow)
+    figure, axes = new_panels(len(contexts), narrow=narrow, height=3.8, below=below)
+    for context, axis in zip(contexts, axes, strict=True):
+        for one in series:
+            for entry in one.entries:
+                if entry["context"] == context:
+                    _draw_bins(axis, entry["bins"], one)
+        axis.set_xscale("log", base=2)
+        high = math.ceil(math.log2(max(context, 2)))
+        ticks = [2**i for i in range(high % 2, high + 1, 2 if high > 8 else 1)]
+        axis.set_xticks(ticks, [tokens(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel("tokens before the predicted one")
+        axis.set_ylabel("loss, nats a token")
+        panel_title(axis, f"windows of {context:,} tokens", narrow)
+    if title:
+        figure.suptitle(plain(title), fontsize=11)
+    fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
+    legend_below(figure, fullest, narrow=narrow)
+    return figure
+
+
+def error_line(
+    axis: Any, at: Sequence[float], values: Sequence[float], bounds: Sequence[Sequence[float]], one: Series
+) -> None:
+    """A line in its series' look, with bars from low to high."""
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]
+    look = one.look
+    axis.errorbar(at, values, yerr=[below, above], color=look.colour, linestyle=look.dash, marker=look.marker,
+                  markerfacecolor=look.face, markeredgecolor=look.colour, markersize=7, markeredgewidth=1.6,
+                  linewidth=1.8, elinewidth=1.2, capsize=3.5, label=plain(one.name))  # fmt: skip
+
+
+def _draw_bins(axis: Any, bins: list[dict[str, Any]], one: Series) -> None:
+    middles = [math.sqrt(max(1, b["first"]) * max(1, b["last"])) for b in bins]
+    look = one.look
+    axis.plot(middles, [b["mean_loss"] for b in bins], color=look.colour, linestyle=look.dash, marker=look.marker,
+              markerfacecolor=look.face, markersize=5.5, linewidth=1.8, label=plain(one.name))  # fmt: skip
+    banded = [(x, b["interval"]) for x, b in zip(middles, bins, strict=True) if b.get("interval")]
+    if banded:
+        axis.fill_between([x for x, _ in banded], [low for _, (low, _) in banded], [high for _, (_, high) in banded],
+                          color=look.colour, alpha=0.15, linewidth=0)  # fmt: skip
+
+
+def _names(series: Sequence[Series]) -> list[str]:
+    return [one.name for one in series]
