@@ -98,7 +98,7 @@ def test_generate_and_eval_on_every_kind_of_directory(hici_command, adapter_dire
         assert done.status == 0, done.err
         record = json.loads(target.read_text())
         assert record["model"]["kind"] == kind
-        losses.append(record["results"][0]["mean_loss"])
+        losses.append(record["conditions"][0]["mean_loss"])
         target.unlink()
         target.with_suffix(".png").unlink()
     assert len(set(texts)) == 1

@@ -17,8 +17,17 @@ VERBS = [
     ["merge"],
     ["verify"],
     ["report"],
+    ["inspect"],
+    ["score"],
+    ["score", "lines"],
+    ["score", "longbench"],
+    ["score", "topics"],
     ["eval"],
+    ["eval", "all"],
+    ["eval", "lm"],
+    ["eval", "longbench"],
     ["eval", "ppl"],
+    ["eval", "retrieval"],
 ]
 _HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib")
 
@@ -40,7 +49,11 @@ def test_help_has_examples_and_imports_nothing_heavy(verb):
 def test_the_list_above_is_complete():
     parser = build_parser()
     top = next(action for action in parser._actions if action.dest == "verb")
-    groups = {("eval", verb) for verb in next(a for a in top.choices["eval"]._actions if a.dest == "eval_verb").choices}
+    groups = {
+        (group, verb)
+        for group in ("eval", "score")
+        for verb in next(a for a in top.choices[group]._actions if a.dest == f"{group}_verb").choices
+    }
     assert {(verb,) for verb in top.choices} | groups == {tuple(verb) for verb in VERBS}
 
 
@@ -51,9 +64,10 @@ def test_version(hici_command):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["evl"], "unknown hici verb 'evl'; known: chat, convert, eval, generate, info, merge, report, train, "
-         "verify. Did you mean 'eval'?"),
-        (["eval", "pp"], r"unknown hici eval verb 'pp'; known: ppl. Did you mean 'ppl'?"),
+        (["evl"], "unknown hici verb 'evl'; known: chat, convert, eval, generate, info, inspect, merge, "
+         "report, score, train, verify. Did you mean 'eval'?"),
+        (["eval", "pp"], "unknown hici eval verb 'pp'; known: all, lm, longbench, ppl, retrieval. "
+         "Did you mean 'ppl'?"),
         ([], "the following arguments are required: VERB"),
         (["info", "--preset", "llama-2-7b", "--contxt", "5"], "unknown flag '--contxt' of `hici info`. Did you mean "
          "'--context'?"),

@@ -26,6 +26,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_package_and_its_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"hici/py.typed", "hici/presets/llama-2-7b.json", "hici/cli/eval_ppl.py"} <= set(names)
+    assert {"hici/eval/longbench/datasets.json", "hici/eval/longbench/NOTICE"} <= set(names)
     dropin = {"llama_attn_hici.py", "qwen3_attn_hici.py"}  # the published names, at the top
     assert dropin <= set(names)
     assert all(name.startswith(("hici/", "hici-")) for name in set(names) - dropin)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from hici.adapters import file_names
+from hici.adapters.open import model_kind, open_model, open_tokenizer
 from hici.registry import suggest
 
 ATTENTIONS = ("full", "hici", "hici_s2")
@@ -81,35 +80,22 @@ def load(args: argparse.Namespace, attentions: list[str]) -> Loaded:
     expand_home(args)
     prepare_torch(args)
     kind = model_kind(args.model)
-    model = _load_plain(args, attentions) if kind == "plain" else _load_ours(args, attentions)
+    model = open_model(
+        args.model,
+        kind,
+        attentions,
+        base_model=args.base_model,
+        context_length=args.context_length,
+        num_heads=args.num_heads,
+        dtype=None if args.dtype == "auto" else args.dtype,
+        device=args.device,
+        segment_size=args.segment_size,
+        num_segments=args.num_segments,
+        visibility=args.visibility,
+        slots=not args.no_slots,
+    )
     tokenizer = load_tokenizer(args, kind)
     return Loaded(model, tokenizer, _describe(args, model, kind))
-
-
-def model_kind(name: str) -> str:
-    """What MODEL is: "adapter" (ours, released, LongLoRA's), "merged" (with HiCI modules) or "plain" (transformers).
-
-    Raises:
-        ValueError: a path without a model, naming what is missing.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if any((path / file).is_file() for file in file_names.ALL):
-            return "adapter"
-        if not (path / "config.json").is_file():
-            raise ValueError(
-                f"{name} has neither {file_names.RECORD_FILE} nor config.json, so it holds no model; check the path"
-            )
-        from hici.models.merged import is_merged_directory
-
-        return "merged" if is_merged_directory(path) else "plain"
-    if path.is_file():
-        raise ValueError(f"{name} is a file, but a model is a directory or a hub name; give its directory")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ValueError(f"{name} does not exist, and it is no hub name (owner/name); check the path")
-    from hici.adapters.hub import repository_kind
-
-    return repository_kind(name)
 
 
 def expand_home(args: argparse.Namespace, *names: str) -> None:
@@ -148,89 +134,7 @@ def prepare_torch(args: argparse.Namespace) -> None:
 
 def load_tokenizer(args: argparse.Namespace, kind: str) -> Any:
     """The directory's tokenizer, else the base's."""
-    from transformers import AutoTokenizer
-
-    from hici.models.load import first_line
-
-    source = args.model
-    if kind == "adapter":
-        from hici.adapters.contents import tokenizer_source
-        from hici.adapters.hub import find_directory
-
-        source = tokenizer_source(find_directory(source), args.base_model)
-    try:
-        return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the tokenizer of {source} could not be loaded ({first_line(error)}); put the tokenizer's "
-                         "files beside the model")  from error  # fmt: skip
-
-
-def _load_ours(args: argparse.Namespace, attentions: list[str]) -> Any:
-    from hici.adapters.load import from_pretrained
-    from hici.models.attach import reconfigure
-    from hici.models.lookup import is_attached
-
-    model = from_pretrained(
-        args.model,
-        base_model=args.base_model,
-        context_length=args.context_length,
-        attention="full",
-        config=num_heads_config(args),
-        dtype=_dtype(args),
-        device_map=None if args.device == "cpu" else args.device,
-    )
-    beyond_full = [mode for mode in attentions if mode != "full"]
-    if beyond_full and not is_attached(model):
-        raise ValueError(f"--attention {beyond_full[0]}, but {args.model} holds no HiCI modules (a LongLoRA adapter); "
-                         "give full")  # fmt: skip
-    changes: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("segment_size", args.segment_size),
-            ("num_segments", args.num_segments),
-            ("visibility", args.visibility),
-        )
-        if value is not None
-    }
-    if args.no_slots:
-        changes |= {"use_global": False, "use_local": False}
-    if changes:
-        reconfigure(model, **changes)
-    return model
-
-
-def _load_plain(args: argparse.Namespace, attentions: list[str]) -> Any:
-    for name in ("base_model", "context_length", "num_heads"):
-        value = getattr(args, name)
-        if value is not None:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is for an adapter, but {args.model} is a plain model")
-    needs_segments = [mode for mode in attentions if mode != "full"]
-    if needs_segments:
-        _check_plain_flags(args, needs_segments)
-    from hici.models.load import load_plain_model
-
-    model = load_plain_model(args.model, _dtype(args), None if args.device == "cpu" else args.device)
-    if needs_segments:
-        from hici.config import HiCIConfig
-        from hici.models.attach import attach
-        from hici.models.modes import set_attention
-
-        # no slots, so the modules are never used: as small as can be
-        small = HiCIConfig(
-            num_local_slots=1,
-            num_global_slots=1,
-            num_heads=1,
-            bottleneck_dim=1,
-            compress_dim=1,
-            use_global=False,
-            use_local=False,
-            segment_size=args.segment_size,
-            num_segments=args.num_segments,
-            visibility="past",  # without slots all are alike, and this one generates in bounded memory
-        )
-        attach(model, small)
-        set_attention(model, "full")
-    return model
+    return open_tokenizer(args.model, kind, args.base_model)
 
 
 def _check_segment_flags(args: argparse.Namespace, attentions: list[str]) -> None:
@@ -253,19 +157,6 @@ def _check_segment_flags(args: argparse.Namespace, attentions: list[str]) -> Non
         raise ValueError(f"--visibility {args.visibility} changes nothing without --attention hici; drop it")
     if args.visibility and args.no_slots:
         raise ValueError(f"--visibility {args.visibility} with --no-slots: there is no slot to see; drop one of them")
-
-
-def _check_plain_flags(args: argparse.Namespace, attentions: list[str]) -> None:
-    if "hici" in attentions and not args.no_slots:
-        raise ValueError(
-            f"--attention hici on {args.model}, a plain model: its slots would be fresh random ones, and the result "
-            "would say nothing; give a directory that `hici train` wrote, or --no-slots for segments alone"
-        )
-    if args.segment_size is None and args.num_segments is None:
-        raise ValueError(
-            f"--attention {attentions[0]} on {args.model}, a plain model, which says nothing of segments; give "
-            "--segment-size or --num-segments"
-        )
 
 
 def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]:
@@ -298,7 +189,3 @@ def _adapter_hashes(name: str) -> dict[str, str]:
     directory = find_directory(name)
     files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
     return {path.name: file_sha256(path) for path in files}
-
-
-def _dtype(args: argparse.Namespace) -> str | None:
-    return None if args.dtype == "auto" else args.dtype

@@ -62,15 +62,28 @@ def result_target(args: argparse.Namespace, result_name: str, *, picture: bool =
 def load_for_evaluation(args: argparse.Namespace, longest: int | None) -> Loaded:
     """The model, ready for every --attention, its rope extended to `longest` tokens where --rope says so.
 
+    `args.loaded`: a model that is ready already (`hici eval all`).
+
     Raises:
         ValueError: see `load`; `longest` beyond the rope without --allow-beyond-rope.
+    """
+    ready: Loaded | None = getattr(args, "loaded", None)
+    if ready is not None:
+        return ready
+    if world_size() > 1 and args.device in ("auto", "cuda"):
+        args.device = f"cuda:{local_rank()}" if _cuda() else "cpu"
+    return extend_to(args, load(args, args.attention), longest)
+
+
+def extend_to(args: argparse.Namespace, loaded: Loaded, longest: int | None) -> Loaded:
+    """The same model, its rope extended to `longest` tokens where --rope says so; what a result says of it too.
+
+    Raises:
+        ValueError: `longest` beyond the rope without --allow-beyond-rope.
     """
     from hici.models.lookup import get_causal_lm
     from hici.rope import check_context, extend_rope, far_rope
 
-    if world_size() > 1 and args.device in ("auto", "cuda"):
-        args.device = f"cuda:{local_rank()}" if _cuda() else "cpu"
-    loaded = load(args, args.attention)
     config = get_causal_lm(loaded.model).config
     before = config.max_position_embeddings
     extended = False
@@ -86,9 +99,8 @@ def load_for_evaluation(args: argparse.Namespace, longest: int | None) -> Loaded
         "rope_parameters": dict(config.rope_parameters),
         "allow_beyond_rope": args.allow_beyond_rope,
     }
-    about = {
-        key: value for key, value in loaded.about.items() if key not in ("rope_parameters", "max_position_embeddings")
-    }
+    replaced = ("rope_parameters", "max_position_embeddings")
+    about = {key: value for key, value in loaded.about.items() if key not in replaced}
     return loaded._replace(about=about | {"rope": rope})
 
 

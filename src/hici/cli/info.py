@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hici.cli.common import MODEL_HELP, expand_home, model_kind, positive
+from hici.adapters.open import model_kind
+from hici.cli.common import MODEL_HELP, expand_home, positive
 
 _DESCRIPTION = """\
 What HiCI adds to a model, how a context is cut into segments, and how much memory training and generation take.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,8 @@ def generate(
     seed: int = 0,
     streamer: Any = None,
     settled: int | None = None,
+    stop_tokens: Sequence[int] = (),
+    min_new_tokens: int = 0,
 ) -> Generation:
     """Continue a prompt; what the session has read of it is not read again.
 
@@ -100,6 +102,8 @@ def generate(
         seed: of the draws; the process's random state is left as it was.
         streamer: a transformers streamer.
         settled: tokens of the prompt (fewer than all) behind which the session keeps a passing place.
+        stop_tokens: end the text as its end-of-text token does; they stay in it.
+        min_new_tokens: no end before so many.
 
     Raises:
         ValueError: a temperature below 0, top_p outside of (0, 1], more tokens than the model's rope represents.
@@ -108,6 +112,10 @@ def generate(
     lm = session.model
     session.check_length(len(ids) + max_new_tokens)
     settings = _settings(lm, tokenizer, max_new_tokens, temperature, top_p)
+    if stop_tokens:
+        settings.eos_token_id = [*_as_list(settings.eos_token_id), *stop_tokens]
+    if min_new_tokens:
+        settings.min_new_tokens = min_new_tokens
     prompt = torch.tensor([ids], device=lm.device)
     devices = [lm.device] if lm.device.type == "cuda" else []
     begin = time.perf_counter()
@@ -136,7 +144,7 @@ def generate(
     end = time.perf_counter()
     session.after_generation(out)
     tokens = out[len(ids) :]
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = _as_list(settings.eos_token_id)
     return Generation(
         text=tokenizer.decode(tokens, skip_special_tokens=True),
         tokens=tokens,
@@ -195,3 +203,9 @@ def _settings(lm: Any, tokenizer: Any, max_new_tokens: int, temperature: float, 
     settings.bos_token_id, settings.eos_token_id = own.bos_token_id, eos
     settings.pad_token_id = pad if pad is not None else (eos[0] if isinstance(eos, list) else eos)
     return settings
+
+
+def _as_list(token: int | list[int] | None) -> list[int]:
+    if token is None:
+        return []
+    return token if isinstance(token, list) else [token]

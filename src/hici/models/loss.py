@@ -177,6 +177,26 @@ def target_losses(model: Any, input_ids: Tensor, targets: Tensor, **inputs: Any)
         return losses
 
 
+@torch.no_grad()
+def token_scores(model: Any, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-likelihoods [T] in float32 nats, whether each target is the likeliest token [T]); without gradient.
+
+    `hidden_TD` are last hidden states of `model`'s decoder, that of token t where its successor is target t.
+
+    Raises:
+        ValueError: as in `next_token_losses`.
+    """
+    head, cap = _linear_head(model), _logit_cap(model)
+    device = head.weight.device
+    weight_VD = head.weight.to(_head_dtype(head.weight))
+    scores, likeliest = [], []
+    for hidden_CD, targets_C in _chunks(hidden_TD.to(device), targets_T.to(device), weight_VD):
+        logits_CV = _logits(hidden_CD, weight_VD, head.bias, cap)
+        scores.append(-F.cross_entropy(logits_CV, targets_C, reduction="none"))
+        likeliest.append(logits_CV.argmax(dim=-1) == targets_C)
+    return torch.cat(scores), torch.cat(likeliest)
+
+
 def next_token_loss(
     model: Any, input_ids: Tensor, labels: Tensor | None = None, **inputs: Any
 ) -> tuple[Tensor, Tensor]:
