@@ -170,7 +170,8 @@ def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]
         "kind": kind,
         "base_model": lm.config.name_or_path,
         "base_fingerprint": get_decoder(model).hici_attached.base_fingerprint if attached else base_fingerprint(lm),
-        "fingerprint": model_fingerprint(model),
+        # a plain model has modules only for its modes without slots: drawn anew each time, and not used
+        "fingerprint": model_fingerprint(model, hici_modules=kind != "plain"),
         "adapter_sha256": _adapter_hashes(args.model) if kind == "adapter" else None,
         "model_type": lm.config.model_type,
         "dtype": str(lm.dtype).removeprefix("torch."),
