@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from hici.report.flat import flatten, shortened
 from hici.report.gather import Gathered
 from hici.report.numbers import MISSING
@@ -58,4 +56,3 @@ def _applies(gathered: Gathered) -> bool:
 
 
 SECTION = Section(120, "Differences in settings", _applies, _draw)
-__all__: Sequence[str] = ["SECTION", "settings_by_run"]
