@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from hici.report.page import Part, Table, render_page
+
 pytestmark = pytest.mark.browser
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -100,6 +102,20 @@ def test_every_figure_is_seen_and_the_page_never_scrolls_sideways(open_page, wid
         .map((e) => e.outerHTML.slice(0, 80))""")
     assert cut == []
     assert problems == []
+
+
+@pytest.mark.parametrize("width", _WIDTHS)
+@pytest.mark.parametrize("text_columns", [1, None])
+def test_long_names_fold_inside_of_their_cells(browser, width, text_columns):
+    long = "a-run-with-a-long-name-of-its-own-and-a-date: hici, past against another-run-with-a-long-name: hici, past"
+    table = Table("caption", ["", long, long.replace(" ", "_")], [["a", "b", "c"]], text_columns)
+    context = browser.new_context(viewport={"width": width, "height": 900})
+    page = context.new_page()
+    page.set_content(render_page("title", "lead", [Part("Part", [table])], {}, "made"))
+    cells = page.evaluate("() => [...document.querySelectorAll('th, td')].map((e) => e.scrollWidth - e.clientWidth)")
+    assert len(cells) == 6
+    assert max(cells) <= 0
+    context.close()
 
 
 def test_a_phone_gets_pictures_that_are_made_for_it(open_page):

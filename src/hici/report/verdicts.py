@@ -23,11 +23,12 @@ from hici.report.series import Key
 
 Cells = dict[tuple[Key, Key], str]
 
-_CAPTION = (
-    "Which is better: the first of the pair, compared with the second. Better and worse are said where the 95 % "
-    "interval of the difference leaves zero out. Perplexity: difference in loss, nats a token, over the same windows, "
-    "at the longest context that both have; retrieval: percentage points, over the lengths that both have and all "
-    "depths; LongBench: points, mean of the data sets that both have. The rest stands in Differences between runs."
+_CAPTION = "Which is better: the first of a pair, compared with the second."
+_NOTE = (
+    "Better and worse are said where the 95 % interval of the difference, in brackets, leaves zero out. Perplexity: "
+    "loss in nats a token, over the same windows, at the longest context that both have. Retrieval: percentage points, "
+    "over the lengths that both have and all depths. LongBench: points, mean of the data sets that both have. All "
+    "lengths, and more pairs, stand in Differences between runs."
 )
 
 
@@ -43,7 +44,7 @@ def verdict_table(gathered: Gathered) -> Table | None:
     if len(pairs) < len(columns):
         table = [list(row) for row in zip(*table, strict=True)]
         table[0][0] = "measured"
-    return Table(_CAPTION, table[0], table[1:], text_columns=None)
+    return Table(_CAPTION, table[0], table[1:], text_columns=None, notes=[_NOTE])
 
 
 def _columns(gathered: Gathered) -> list[tuple[str, Cells]]:
