@@ -8,6 +8,7 @@ import pytest
 import result_factory as factory
 from hici.eval.results import SCHEMA_VERSION
 from hici.report.gather import gather
+from hici.report.section import all_sections
 
 
 def labels(gathered):
@@ -62,9 +63,10 @@ def test_one_level_below_is_searched_and_no_further(tmp_path):
     factory.write(tmp_path / "all" / "base" / "ppl.json", factory.perplexity())
     factory.write(tmp_path / "all" / "base" / "deep" / "ppl.json", factory.perplexity())
     factory.write(tmp_path / "all" / "ours" / "ppl.json", factory.perplexity())
-    factory.training_run(tmp_path / "all" / "trained")
+    trained = factory.training_run(tmp_path / "all" / "trained")
+    factory.write(trained / "results" / "strict.json", factory.perplexity(protocol="strict"))  # a run is whole
     found = gather([tmp_path / "all"])
-    assert labels(found) == [("base", "ppl.json"), ("ours", "ppl.json")]
+    assert labels(found) == [("trained", "strict.json"), ("base", "ppl.json"), ("ours", "ppl.json")]
     assert [run.label for run in found.runs] == ["trained"]
 
 
@@ -126,11 +128,23 @@ def damaged(task, change):
         (damaged("perplexity", lambda r: r.update(model="m")), "its model is neither an object nor null"),
         (damaged("retrieval", lambda r: r["conditions"][0].update(accuracy=True)), "`accuracy` of its condition 1"),
         (damaged("position", lambda r: r["conditions"][0]["bins"][0].pop("last")), "`bins` of its condition 1"),
-        (damaged("inspect", lambda r: r["conditions"][0]["shares"].pop("local")), "no rows of layers for 'local'"),
+        (damaged("inspect", lambda r: r["conditions"][0]["shares"].pop("local")), "lacks [layer][head] for one of"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(ppl=float("inf"))), "`ppl` of its condition 1 is"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(ppl_interval=[1.0])), "`ppl_interval` of its cond"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(losses=["x"])), "`losses` of its condition 1"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(context=0)), "`context` of its condition 1 is 0"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(peak_memory_bytes="x")), "`peak_memory_bytes` of"),
+        (damaged("retrieval", lambda r: r["conditions"][0].update(depth="x")), "`depth` of its condition 1 is x"),
+        (damaged("position", lambda r: r["conditions"][0]["bins"][0].update(interval=[None, 1])), "`bins` of its"),
+        (damaged("inspect", lambda r: r["conditions"][0]["shares"].update(local=[[0.5]])), "has other layers or heads"),
+        (damaged("inspect", lambda r: r["conditions"][0].update(slot_similarity={"local": [[1.0]]})),
+         "`slot_similarity` of its condition 1 is not [layer][segment][segment]"),
+        (damaged("perplexity", lambda r: r["provenance"].update(machine="m")), "its machine is neither"),
         (damaged("score", lambda r: r.update(accuracy={"5": "all"})), "`accuracy` is no object of numbers"),
     ],
     ids=["foreign", "version", "field", "number", "type", "bool", "object", "protocol", "model", "retrieval", "bins",
-         "shares", "scores"],
+         "shares", "infinite", "interval", "losses", "context", "memory", "depth", "bin", "heads", "similarity",
+         "machine", "scores"],
 )  # fmt: skip
 def test_damaged_results_are_named(tmp_path, record, message):
     path = factory.write(tmp_path / "ppl.json", record)
@@ -138,6 +152,29 @@ def test_damaged_results_are_named(tmp_path, record, message):
         gather([path])
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_comparisons_are_checked_and_told_apart(tmp_path):
+    paths = [factory.write(tmp_path / name / "compare.json", factory.training_comparison()) for name in "ab"]
+    assert [each.label for each in gather(paths).comparisons] == ["a/compare", "b/compare"]
+    for change, message in (
+        (lambda r: r["runs"][1].pop("trained"), "its run 2 lacks"),
+        (lambda r: r.update(settings=3), "its settings is no object"),
+        (lambda r: r.update(runs=[], baselines={}), "nothing was measured"),
+    ):
+        record = factory.training_comparison()
+        change(record)
+        with pytest.raises(ValueError, match=f"compare.json is .*{message}"):
+            gather([factory.write(tmp_path / "c" / "compare.json", record)])
+
+
+def test_a_result_without_conditions_has_no_figure(tmp_path):
+    for task in ("published", "position"):
+        factory.write(tmp_path / "r" / f"{task}.json", factory.perplexity(protocol=task) | {"conditions": []})
+    found = gather([tmp_path / "r"])
+    assert len(found.results) == 2
+    assert found.protocols("perplexity") == []
+    assert [s.title for s in all_sections() if s.applies(found)] == ["Summary", "Provenance"]
 
 
 def test_damaged_files_of_a_directory_are_named(tmp_path):

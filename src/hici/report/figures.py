@@ -97,6 +97,11 @@ def legend_below(figure: Any, axis: Any, *, narrow: bool) -> None:
                   frameon=False, handlelength=3.6, columnspacing=1.6)  # fmt: skip
 
 
+def fullest(axes: Sequence[Any]) -> Any:
+    """The one whose legend names the most: a panel may lack a line that another has."""
+    return max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
+
+
 def legend_height(names: Sequence[str], *, narrow: bool) -> float:
     """Inches that `legend_below` takes."""
     longest = max(map(len, names), default=0)
@@ -115,16 +120,34 @@ def tokens(count: float) -> str:
 
 
 def context_ticks(axis: Any, contexts: Sequence[int]) -> None:
-    """A logarithmic axis of lengths, with a tick at each that was measured."""
+    """A logarithmic axis of lengths, with a tick at each that was measured, and names where there is room."""
     contexts = sorted(set(contexts))
+    named = _named_ticks(axis, contexts)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(contexts, [tokens(context) for context in contexts])
+    axis.set_xticks(contexts, [tokens(context) if context in named else "" for context in contexts])
     axis.minorticks_off()
-    if len(contexts) > 7:
-        axis.tick_params(axis="x", labelrotation=45)
     if len(contexts) == 1:
         axis.set_xlim(contexts[0] / 2, contexts[0] * 2)
     axis.set_xlabel("context, tokens (K = 1,024)")
+
+
+def _named_ticks(axis: Any, contexts: Sequence[int]) -> set[int]:
+    """The ends, then the roundest numbers, as long as none comes too close to another."""
+    inches = 0.85 * axis.figure.get_figwidth() / axis.get_subplotspec().get_gridspec().ncols
+    octaves = math.log2(contexts[-1] / contexts[0])
+    least = (0.1 + 0.1 * max(len(tokens(context)) for context in contexts)) * octaves / inches
+    named: list[int] = []
+    # a number's lowest set bit: 4096 is rounder than 5120
+    for context in sorted(contexts, key=lambda c: (c not in (contexts[-1], contexts[0]), -(c & -c), c)):
+        if all(abs(math.log2(context / other)) >= least for other in named):
+            named.append(context)
+    return set(named)
+
+
+def not_recorded(axis: Any) -> None:
+    """An axis without numbers says so."""
+    axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color=GREY)
+    axis.set(xticks=[], yticks=[])
 
 
 def plain_log_scale(axis: Any) -> None:
