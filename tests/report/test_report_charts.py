@@ -252,12 +252,14 @@ def test_names_of_many_lengths_and_segments_lie_apart(narrow):
 
 
 def test_lines_of_two_lengths_never_mix():
-    """Sixteen lines beside each other at 1K stay left of those at 2K."""
-    records = [(f"run {i}", factory.perplexity((1024, 2048), (factory.FULL,), about=factory.model(f"m{i}")))
+    """Sixteen lines beside each other at a length stay left of those at the next."""
+    records = [(f"run {i}", factory.perplexity((1024, 2048, 4096, 8192), (factory.FULL,), about=factory.model(f"m{i}")))
                for i in range(16)]  # fmt: skip
-    at = np.array([line.get_xdata() for line in lines(perplexity_figure(series_of(records)).axes[0]).values()])
-    assert at.shape == (16, 2)
-    assert np.log2(at[:, 1].min() / at[:, 0].max()) > 0.3
+    at = np.array([line.get_xdata() for line in lines(perplexity_figure(series_of(records)).axes[0]).values()]).astype(
+        float
+    )
+    assert at.shape == (16, 4)
+    assert np.log2(at[:, 1:].min(axis=0) / at[:, :-1].max(axis=0)).min() > 0.3
 
 
 def test_similarity_names_both_kinds_where_the_first_panel_has_one():

@@ -262,3 +262,21 @@ def test_files_of_the_data_are_one_setting(tmp_path):
     assert [cell.full for cell in cells] == [
         f'{{"trec.jsonl": "{"ab" * 32}"}}', f'{{"trec.jsonl": "{"cd" * 32}", "lcc.jsonl": "{"ef" * 32}"}}'
     ]  # fmt: skip
+
+
+def test_settings_of_one_run_alone_and_segments(tmp_path):
+    a, b = factory.perplexity((2048,)), factory.perplexity((2048,))
+    b["protocol"]["prefix"] = 7
+    for condition in b["conditions"]:
+        condition["segment_size"] = 512 if condition["segment_size"] else None
+    _, gathered = tables(tmp_path, ("a", a), ("b", b))
+    (table,) = settings.SECTION.draw(gathered)
+    assert {row[0]: row[1:] for row in table.rows} == {
+        "perplexity, published: protocol.prefix": ["-", "7"],
+        "perplexity, published: segment_size in hici, past": ["1024", "512"],
+        "perplexity, published: segment_size in hici, all (not causal)": ["1024", "512"],
+    }
+    other = factory.perplexity((2048,), (factory.FULL,), protocol="strict")  # what only one measured is no difference
+    _, gathered = tables(tmp_path / "more", ("a", a), ("b", a), ("c", other))
+    (found,) = settings.SECTION.draw(gathered)
+    assert "agree in every setting" in found.text
