@@ -139,7 +139,7 @@ def test_of_many_series_runs_are_compared_in_the_same_attention(tmp_path):
         "b: hici, past minus b: full",
         "b: hici, all (not causal) minus b: full",
     ]
-    assert "in the same attention" in found["pair"].notes[0]
+    assert "the same attention" in found["pair"].notes[0]
     few, _ = tables(tmp_path / "few", ("a", factory.perplexity((2048,), (factory.FULL, factory.PAST))),
                     ("b", factory.perplexity((2048,), (factory.FULL, factory.PAST))))  # fmt: skip
     assert (len(few["pair"].rows), list(few["pair"].notes)) == (6, [])

@@ -61,6 +61,12 @@ def test_without_a_common_attention_the_first_one_is_compared_with(tmp_path):
         tuned=[factory.perplexity(attentions=(factory.PAST,), about=factory.model("t"))],
     )
     assert {row for row, _ in found} == {"tuned: hici, past against base: full"}
+    places = [factory.write(tmp_path / "three" / name / "r.json", factory.perplexity(attentions=attentions)).parent
+              for name, attentions in (("base", (factory.FULL,)), ("b", CAUSAL), ("c", (factory.PAST,)))]  # fmt: skip
+    assert [row[0] for row in verdict_table(gather(places)).rows] == [
+        "b: full against base: full",
+        "c: hici, past against b: hici, past",
+    ]
 
 
 def test_retrieval_counts_lengths_that_both_have(tmp_path):

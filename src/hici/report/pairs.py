@@ -12,8 +12,8 @@ from hici.report.series import Key
 
 ALL_PAIRS_UP_TO = 4
 CHOSEN = (
-    f"Of more than {ALL_PAIRS_UP_TO} series, each run is compared with the first one in the same attention, and the "
-    "attentions of a run with its own first one."
+    f"Of more than {ALL_PAIRS_UP_TO} series, each run is compared with the first one that has the same attention, and "
+    "the attentions of a run with its own first one."
 )
 
 
@@ -40,18 +40,15 @@ def all_pairs(keys: Sequence[Key]) -> list[tuple[Key, Key]]:
 
 
 def main_pairs(keys: Sequence[Key]) -> list[tuple[Key, Key]]:
-    """Each run with the first, in the same attention where both have it; of a single run, its attentions."""
+    """Each run with the first one of the same attention (where there is none, of any); a single run's attentions."""
     return _across(keys) if len({label for label, _ in keys}) > 1 else _within(keys)
 
 
 def _across(keys: Sequence[Key]) -> list[tuple[Key, Key]]:
-    first = [key for key in keys if key[0] == keys[0][0]]
-    pairs: list[tuple[Key, Key]] = []
-    for label in dict.fromkeys(label for label, _ in keys if label != first[0][0]):
-        own = [key for key in keys if key[0] == label]
-        same = [(key, other) for key in own for other in first if key[1] == other[1]]
-        pairs += same or [(key, first[0]) for key in own]
-    return pairs
+    first: dict[str, Key] = {}  # of an attention
+    pairs = [(key, first[key[1]]) for key in keys if first.setdefault(key[1], key) != key]
+    compared = {label for (label, _), _ in pairs} | {keys[0][0]}
+    return pairs + [(key, keys[0]) for key in keys if key[0] not in compared]
 
 
 def _within(keys: Sequence[Key]) -> list[tuple[Key, Key]]:

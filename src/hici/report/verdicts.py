@@ -23,6 +23,7 @@ from hici.report.series import Key
 
 Cells = dict[tuple[Key, Key], str]
 
+_FEW = 3  # columns of pairs that a page has room for
 _CAPTION = "Which is better: the first of a pair, compared with the second."
 _NOTE = (
     "Better and worse are said where the 95 % interval of the difference, in brackets, leaves zero out. Perplexity: "
@@ -33,7 +34,7 @@ _NOTE = (
 
 
 def verdict_table(gathered: Gathered) -> Table | None:
-    """A row a pair and a column a measurement, or turned where pairs are fewer. None: nothing was measured twice."""
+    """A row a pair, a column a measurement, or turned where pairs are few. None: nothing was measured twice."""
     columns = [(name, cells) for name, cells in _columns(gathered) if any(cell != MISSING for cell in cells.values())]
     pairs = dict.fromkeys(pair for _, cells in columns for pair, cell in cells.items() if cell != MISSING)
     if not pairs:
@@ -41,7 +42,7 @@ def verdict_table(gathered: Gathered) -> Table | None:
     table = [["pair", *(name for name, _ in columns)]]
     table += [[f"{name_of(pair[0])} against {name_of(pair[1])}", *(cells.get(pair, MISSING) for _, cells in columns)]
               for pair in pairs]  # fmt: skip
-    if len(pairs) < len(columns):
+    if len(pairs) <= min(_FEW, len(columns) - 1):
         table = [list(row) for row in zip(*table, strict=True)]
         table[0][0] = "measured"
     return Table(_CAPTION, table[0], table[1:], text_columns=None, notes=[_NOTE])
