@@ -186,6 +186,11 @@ def test_on_paper(open_page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert min(page.evaluate(_CONTRASTS))[0] >= 4.5
+    # twenty columns have no room on paper: a paragraph a row, with the columns' names
+    cell = page.locator("#provenance table.wide td").nth(1)
+    assert cell.evaluate("(e) => getComputedStyle(e).display") == "inline"
+    assert cell.evaluate("(e) => getComputedStyle(e, '::before').content") not in ("none", "normal")
+    assert cell.get_attribute("data-column") == "task"
     assert all(image["natural"] > 0 for image in page.evaluate(_IMAGES))
 
 

@@ -21,7 +21,7 @@ def _labels(gathered: Gathered) -> list[str]:
 def settings_by_run(gathered: Gathered) -> dict[str, dict[str, list[str]]]:
     """{setting: {run: its values}}: of the model, the provenance, and every task's protocol, segments, data and seed.
 
-    A run that has a setting's task, or a model, but not the setting has no value of it: [].
+    A run that measured a setting's task without the setting has no value of it: [].
     """
     found: dict[str, dict[str, list[str]]] = {}
     measured: dict[str, set[str]] = {}  # run: of what it has settings
@@ -40,7 +40,7 @@ def settings_by_run(gathered: Gathered) -> dict[str, dict[str, list[str]]]:
                 values.append(value)
     for key, by_run in found.items():
         for label, owners in measured.items():
-            if _owner(key) in owners and key not in _LEFT_OUT:
+            if _owner(key) in owners and not key.startswith(("model", "provenance")):
                 by_run.setdefault(label, [])
     return found
 
