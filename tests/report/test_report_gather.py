@@ -1,5 +1,6 @@
 """What `hici report` finds at its arguments, how it names it, and what it refuses."""
 
+import copy
 import json
 import logging
 
@@ -9,6 +10,8 @@ import result_factory as factory
 from hici.eval.results import SCHEMA_VERSION
 from hici.report.gather import gather
 from hici.report.section import all_sections
+from hici.report.sections import retrieval
+from hici.report.verdicts import verdict_table
 
 
 def labels(gathered):
@@ -214,3 +217,22 @@ def test_every_run_and_attention_has_a_look_of_its_own(tmp_path):
     hollow = {key for key, look in looks.items() if look.hollow}
     assert hollow == {(name, "hici, all (not causal)") for name in ("a", "b", "c")}
     assert looks["a", "hici, all (not causal)"].face == "white"
+
+
+def test_cases_of_files_are_tasks_of_their_own(tmp_path):
+    """Not on one line with generated ones, and compared where the files are the same."""
+    record = factory.retrieval((1024,), attentions=(factory.FULL,), tasks=("topics",))
+    cases = [{"path": "x/10_topics.jsonl", "sha256": "ab" * 32, "task": "topics"}]
+    record["data"] = {"haystack": None, "cases": cases}
+    record["conditions"].append(record["conditions"][0] | {"context": 4096, "cases": "x/10_topics.jsonl"})
+    other = copy.deepcopy(record)
+    other["data"]["cases"][0] |= {"path": "y/10_topics.jsonl", "sha256": "cd" * 32}
+    other["conditions"][1]["cases"] = "y/10_topics.jsonl"
+    found = gather([factory.write(tmp_path / name / "r.json", r) for name, r in (("a", record), ("b", other))])
+    assert [c["task"] for c in found.results[0].record["conditions"]] == ["topics", "topics of 10_topics.jsonl"]
+    (figure,) = retrieval.SECTION.draw(found)
+    assert [axis.get_title(loc="left") for axis in figure.draw(False).axes] == ["topics", "topics of 10_topics.jsonl"]
+    table = verdict_table(found)
+    cells = dict(zip([row[0] for row in table.rows], [row[1] for row in table.rows], strict=True))
+    assert cells["topics"].startswith("not distinguishable: +0.0")
+    assert cells["topics of 10_topics.jsonl"] == "not comparable: data differ"

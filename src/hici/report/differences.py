@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -174,6 +175,11 @@ def _differing_task(a: Measured, b: Measured, task: str) -> str | None:
     return None
 
 
+def case_name(task: str, path: str) -> str:
+    """Of a file's cases, as a task of the report: "topics of 10_topics.jsonl"."""
+    return f"{task} of {Path(path).name}"
+
+
 def _data_key(record: dict[str, Any], part: str | None = None) -> Any:
     """What tells data apart: hashes, not the paths of files; of `part` alone where they are recorded for each."""
     data = record["data"]
@@ -184,6 +190,6 @@ def _data_key(record: dict[str, Any], part: str | None = None) -> Any:
     if "haystack" in data or "cases" in data:
         haystack, cases = data.get("haystack") or {}, data.get("cases") or []
         files = [file.get("sha256") for file in haystack.get("files", [])]
-        return files, [file.get("sha256") for file in cases if part in (None, file.get("task"))]
+        return files, [file["sha256"] for file in cases if part in (None, case_name(file["task"], file["path"]))]
     found = data.get("sha256", data)
     return found.get(part) if isinstance(found, dict) and part in found else found

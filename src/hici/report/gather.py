@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from hici.eval.labels import attention_label
 from hici.eval.results import is_result, read_result
 from hici.files import read_json
+from hici.report.differences import case_name
 from hici.report.fields import check_comparison, check_fields
 from hici.report.metrics import METRICS_FILE
 from hici.report.runs import RESULT_FILE, RunLog, distinct_labels, read_run
@@ -196,6 +197,9 @@ def _look_into(directory: Path, *, strict: bool = True) -> _Folder:
 def _read(path: Path) -> dict[str, Any]:
     record = read_result(path)
     check_fields(path, record)
+    for condition in record["conditions"]:  # a file's cases are a task of their own beside the generated ones
+        if condition.get("cases") and record["task"] == "retrieval":
+            condition["task"] = case_name(condition["task"], condition["cases"])
     return record
 
 
