@@ -251,6 +251,24 @@ def test_names_of_many_lengths_and_segments_lie_apart(narrow):
         assert all(a.y1 <= b.y0 for a, b in pairwise(rows))
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_long_names_are_folded_and_not_cut(narrow):
+    name = "a-model-of-135-million-parameters-trained-for-long-contexts-at-a-learning-rate-of-2e-5-with-seed-1"
+    series = series_of([(name, factory.perplexity()), (f"{name}1", factory.perplexity())])
+    passkey = factory.retrieval(tasks=("passkey",))
+    tasks = series_of([(name, passkey), (f"{name}1", passkey)])
+    for figure in (perplexity_figure(series, narrow=narrow), retrieval_heatmap(tasks, narrow=narrow)):
+        figure.draw_without_rendering()
+        boxes = [each.get_window_extent() for each in figure.legends]
+        boxes += [axis.get_tightbbox() for axis in figure.axes]
+        assert min(box.x0 for box in boxes) >= 0
+        assert max(box.x1 for box in boxes) <= figure.bbox.x1 + 1
+        assert min(box.y0 for box in boxes) >= 0
+    shown = "".join(legend(perplexity_figure(series, narrow=narrow))).replace("\n", "")
+    assert shown.count("(not causal)") == 2
+    assert f"{name}1: full" in shown
+
+
 def test_lines_of_two_lengths_never_mix():
     """Sixteen lines beside each other at a length stay left of those at the next."""
     records = [(f"run {i}", factory.perplexity((1024, 2048, 4096, 8192), (factory.FULL,), about=factory.model(f"m{i}")))

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,9 @@ def _style(axis: Any, narrow: bool = False) -> None:
 
 def panel_title(axis: Any, title: str, narrow: bool = False) -> None:
     """Left, bold, folded where it is longer than its panel."""
-    import textwrap
-
     width = axis.get_subplotspec().get_gridspec().ncols
-    letters = 46 if narrow else 96 // width
-    axis.set_title("\n".join(textwrap.wrap(plain(title), letters)), loc="left", fontsize=10.5 if narrow else 11.5,
-                   fontweight="bold")  # fmt: skip
+    letters = 42 if narrow else {1: 96, 2: 43, 3: 24}[width]
+    axis.set_title(folded(plain(title), letters), loc="left", fontsize=10.5 if narrow else 11.5, fontweight="bold")
 
 
 def legend_below(figure: Any, axis: Any, *, narrow: bool) -> None:
@@ -91,8 +89,8 @@ def legend_below(figure: Any, axis: Any, *, narrow: bool) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if not handles:
         return
-    longest = max(map(len, labels))
-    columns = 1 if narrow else max(1, min(len(labels), 4, 120 // (longest + 9)))
+    labels = [folded(label, _legend_letters(narrow)) for label in labels]
+    columns = _legend_columns(labels, narrow)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9.5 if narrow else 10.5,
                   frameon=False, handlelength=3.6, columnspacing=1.6)  # fmt: skip
 
@@ -104,9 +102,25 @@ def fullest(axes: Sequence[Any]) -> Any:
 
 def legend_height(names: Sequence[str], *, narrow: bool) -> float:
     """Inches that `legend_below` takes."""
-    longest = max(map(len, names), default=0)
-    columns = 1 if narrow else max(1, min(len(names), 4, 120 // (longest + 9)))
-    return 0.15 + 0.22 * math.ceil(len(names) / columns)
+    labels = [folded(name, _legend_letters(narrow)) for name in names]
+    columns = _legend_columns(labels, narrow)
+    lines = sum(label.count("\n") + 1 for label in labels) if columns == 1 else math.ceil(len(labels) / columns)
+    return 0.15 + 0.22 * lines
+
+
+def _legend_columns(labels: Sequence[str], narrow: bool) -> int:
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
+    return 1 if narrow else max(1, min(len(labels), 4, 120 // (longest + 9)))
+
+
+def _legend_letters(narrow: bool) -> int:
+    """That a line of a legend below a figure has room for."""
+    return 50 if narrow else 100
+
+
+def folded(text: str, letters: int) -> str:
+    """In lines of at most so many letters, so that a long name is not cut at the figure's edge."""
+    return "\n".join(textwrap.wrap(text, letters, drop_whitespace=False)) if len(text) > letters else text
 
 
 def plain(text: str) -> str:

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hici.eval.labels import NOT_CAUSAL
-from hici.report.figures import GREY, NARROW_INCHES, new_mosaic, not_recorded, plain, plain_log_scale, save_figure
+from hici.report.figures import (
+    GREY,
+    NARROW_INCHES,
+    folded,
+    new_mosaic,
+    not_recorded,
+    plain,
+    plain_log_scale,
+    save_figure,
+)
 from hici.report.numbers import is_number
 from hici.report.runs import RunLog
 from hici.report.tables import size
@@ -18,6 +27,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _MARKERS = {"full": "o", "hici": "s", "hici_s2": "^"}
 _HELDOUT_COLOURS = {"full": "#D55E00", "hici": "#009E73", "hici_s2": "#CC79A7"}
+
+_LEGEND_LETTERS = 56  # of a line; inside of the losses' panel, or as wide as a phone
 
 _LAYOUT = (("loss", "loss", "hici_norm"), ("loss", "loss", "other_norm"), ("rate", "speed", "memory"))
 _NARROW_LAYOUT = (("loss",), ("loss",), ("hici_norm",), ("other_norm",), ("rate",), ("speed",), ("memory",))
@@ -65,6 +76,7 @@ def training_figure(runs: Sequence[RunLog], *, narrow: bool = False) -> Any:
     if narrow and axes["loss"].get_legend():  # it would hide half of the losses
         handles, labels = axes["loss"].get_legend_handles_labels()
         axes["loss"].get_legend().remove()
+        labels = [folded(label, _LEGEND_LETTERS) for label in labels]
         figure.legend(handles, labels, loc="outside upper center", fontsize=9.5, frameon=False)
     elif not narrow:
         figure.suptitle(plain(describe_run(runs[0])) if single else f"{len(runs)} runs", fontsize=16)
@@ -243,4 +255,5 @@ def _finish(axes: Any, size: float) -> None:
             zip(*axis.get_legend_handles_labels(), strict=True), key=lambda pair: pair[0].get_linestyle() == "None"
         )
         if pairs:  # lines, then markers
-            axis.legend(*zip(*pairs, strict=True), fontsize=size)
+            handles, labels = zip(*pairs, strict=True)
+            axis.legend(handles, [folded(label, _LEGEND_LETTERS) for label in labels], fontsize=size)
