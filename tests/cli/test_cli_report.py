@@ -116,7 +116,7 @@ def test_several_runs_are_laid_over_one_another(make_run, hici_command, drawn, t
     assert table["held-out, hici attention"] == ["-", "5.0000 (step 0) -> 2.1250 (step 40)", "-"]
     axes = panels(drawn[0])
     labels = [text.get_text() for text in axes["loss"].get_legend().get_texts()]
-    assert labels[:3] == ["one/hici", "two/hici", f"{tmp_path.name}/full"]
+    assert labels[:3] == ["one/hici (training loss not causal)", "two/hici", f"{tmp_path.name}/full"]
     lines = [line for line in axes["loss"].lines if line.get_label() in labels[:3]]
     assert len({line.get_color() for line in lines}) == len({line.get_linestyle() for line in lines}) == 3
     assert sum(len(line.get_xdata()) == 40 for line in axes["hici_norm"].lines) == 4  # two runs, raw and smoothed
@@ -221,7 +221,7 @@ def test_names_that_matplotlib_would_read_otherwise(make_run, name, hici_command
     done = hici_command("report", make_run(name), make_run("plain"), "--out", tmp_path / "x")
     assert done.status == 0, done.err
     text = panels(drawn[0])["loss"].get_legend().get_texts()[0].get_text()
-    assert text.strip().replace("\\", "") == name
+    assert text.strip().replace("\\", "") == f"{name} (training loss not causal)"
     training_figure([read_run(tmp_path / name)]).draw_without_rendering()
 
 
@@ -272,3 +272,25 @@ def test_bad_input(arguments, message, make_run, hici_command, tmp_path, monkeyp
     assert done.err.count("\n") == 1
     assert (tmp_path / "there" / "index.html").read_text() == "precious"
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize(
+    "lines, expected",
+    [
+        ('{"step": 1, "loss": null}\n', 0),  # every loss of the run was no number
+        ('{"step": 1, "loss": 2.0, "tokens": "x", "seconds": 1}\n', 0),
+        ('{"event": "heldout", "step": 1, "losses": 5}\n{"step": 1, "loss": 1.0}\n', "line 1 has losses 5, but it is"),
+    ],
+    ids=["no-loss", "text", "losses"],
+)
+def test_odd_entries_are_drawn_or_named(hici_command, tmp_path, lines, expected):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(lines)
+    done = hici_command("report", tmp_path / "run")
+    if expected == 0:
+        assert (done.status, done.err) == (0, "")
+        assert facts(done.out)["steps done"].startswith("1")
+        assert "tokens a second" not in done.out
+    else:
+        assert done.status == 2
+        assert expected in done.err

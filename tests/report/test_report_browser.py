@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from hici.report.page import Part, Table, render_page
+
 pytestmark = pytest.mark.browser
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -102,6 +104,20 @@ def test_every_figure_is_seen_and_the_page_never_scrolls_sideways(open_page, wid
     assert problems == []
 
 
+@pytest.mark.parametrize("width", _WIDTHS)
+@pytest.mark.parametrize("text_columns", [1, None])
+def test_long_names_fold_inside_of_their_cells(browser, width, text_columns):
+    long = "a-run-with-a-long-name-of-its-own-and-a-date: hici, past against another-run-with-a-long-name: hici, past"
+    table = Table("caption", ["", long, long.replace(" ", "_")], [["a", "b", "c"]], text_columns)
+    context = browser.new_context(viewport={"width": width, "height": 900})
+    page = context.new_page()
+    page.set_content(render_page("title", "lead", [Part("Part", [table])], {}, "made"))
+    cells = page.evaluate("() => [...document.querySelectorAll('th, td')].map((e) => e.scrollWidth - e.clientWidth)")
+    assert len(cells) == 6
+    assert max(cells) <= 0
+    context.close()
+
+
 def test_a_phone_gets_pictures_that_are_made_for_it(open_page):
     ratios = {}
     for width in (360, 1280):
@@ -170,6 +186,11 @@ def test_on_paper(open_page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert min(page.evaluate(_CONTRASTS))[0] >= 4.5
+    # twenty columns have no room on paper: a paragraph a row, with the columns' names
+    cell = page.locator("#provenance table.wide td").nth(1)
+    assert cell.evaluate("(e) => getComputedStyle(e).display") == "inline"
+    assert cell.evaluate("(e) => getComputedStyle(e, '::before').content") not in ("none", "normal")
+    assert cell.get_attribute("data-column") == "task"
     assert all(image["natural"] > 0 for image in page.evaluate(_IMAGES))
 
 

@@ -224,3 +224,74 @@ def test_grey_alone_tells_lines_apart():
 
 def test_lengths():
     assert [tokens(n) for n in (512, 1024, 3500, 8192, 102400)] == ["512", "1K", "3,500", "8K", "100K"]
+
+
+def apart(figure, labels):
+    """Whether texts that are seen lie beside each other, and none over another."""
+    boxes = sorted((each.get_window_extent() for each in labels if each.get_text()), key=lambda box: (box.x0, box.y0))
+    return all(a.x1 <= b.x0 or a.y1 <= b.y0 or b.y1 <= a.y0 for a, b in pairwise(boxes))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_names_of_many_lengths_and_segments_lie_apart(narrow):
+    contexts = tuple(range(1024, 31 * 1024, 1024))
+    figure = perplexity_figure(series_of([("a", factory.perplexity(contexts, (factory.FULL,)))]), narrow=narrow)
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    names = [text.get_text() for text in axis.get_xticklabels()]
+    assert len(names) == len(axis.get_xticks()) == 30
+    assert {"1K", "4K", "8K", "30K"} <= set(names)
+    assert apart(figure, axis.get_xticklabels())
+    entry = factory.inspect(3, 4, segments=64)["conditions"][0]
+    figure = segments_figure("a", entry, narrow=narrow)
+    figure.draw_without_rendering()
+    for axis in figure.axes[:3]:
+        rows = sorted((each.get_window_extent() for each in axis.get_yticklabels()), key=lambda box: box.y0)
+        assert len(rows) >= 5
+        assert all(a.y1 <= b.y0 for a, b in pairwise(rows))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_long_names_are_folded_and_not_cut(narrow):
+    name = "a-model-of-135-million-parameters-trained-for-long-contexts-at-a-learning-rate-of-2e-5-with-seed-1"
+    series = series_of([(name, factory.perplexity()), (f"{name}1", factory.perplexity())])
+    passkey = factory.retrieval(tasks=("passkey",))
+    tasks = series_of([(name, passkey), (f"{name}1", passkey)])
+    for figure in (perplexity_figure(series, narrow=narrow), retrieval_heatmap(tasks, narrow=narrow)):
+        figure.draw_without_rendering()
+        boxes = [each.get_window_extent() for each in figure.legends]
+        boxes += [axis.get_tightbbox() for axis in figure.axes]
+        assert min(box.x0 for box in boxes) >= 0
+        assert max(box.x1 for box in boxes) <= figure.bbox.x1 + 1
+        assert min(box.y0 for box in boxes) >= 0
+    shown = "".join(legend(perplexity_figure(series, narrow=narrow))).replace("\n", "")
+    assert shown.count("(not causal)") == 2
+    assert f"{name}1: full" in shown
+
+
+def test_lines_of_two_lengths_never_mix():
+    """Sixteen lines beside each other at a length stay left of those at the next."""
+    records = [(f"run {i}", factory.perplexity((1024, 2048, 4096, 8192), (factory.FULL,), about=factory.model(f"m{i}")))
+               for i in range(16)]  # fmt: skip
+    at = np.array([line.get_xdata() for line in lines(perplexity_figure(series_of(records)).axes[0]).values()]).astype(
+        float
+    )
+    assert at.shape == (16, 4)
+    assert np.log2(at[:, 1:].min(axis=0) / at[:, :-1].max(axis=0)).min() > 0.3
+
+
+def test_similarity_names_both_kinds_where_the_first_panel_has_one():
+    first, second = factory.inspect(8), factory.inspect(8)
+    first["conditions"][0]["slot_similarity"]["global"] = [[[1.0]]] * 8  # visibility all: one set for all segments
+    figure = similarity_figure(series_of([("a", first), ("b", second)]))
+    assert legend(figure) == ["local slots", "global slots"]
+    assert all(float(tick).is_integer() for axis in figure.axes for tick in axis.get_xticks())
+
+
+def test_speed_that_nothing_recorded_is_said():
+    record = factory.perplexity()
+    for entry in record["conditions"]:
+        entry["tokens_per_second"] = None
+    speed, memory = cost_figure(series_of([("a", record)])).axes
+    assert [text.get_text() for text in speed.texts] == ["not recorded"]
+    assert not memory.texts

@@ -85,7 +85,7 @@ def test_settings_of_other_tasks_do_not_matter():
     a, b = factory.retrieval(tasks=("passkey", "needle")), factory.retrieval(tasks=("passkey", "needle"))
     b["protocol"]["options"]["needle"] = {"words": 99}
     assert differing_protocol(a, b, "passkey") is None
-    assert differing_protocol(a, b, "needle") == "protocols (options)"
+    assert differing_protocol(a, b, "needle") == "protocols (options: words)"
     b["protocol"]["chat"] = True
     assert differing_protocol(a, b, "passkey") == "protocols (chat)"
 
@@ -127,13 +127,75 @@ def test_table_of_two_runs(tmp_path):
     assert found["pair"].rows[0][1:] == ["not comparable: data differ"] * 2
 
 
-def test_of_many_series_each_is_compared_with_the_first(tmp_path):
+def test_of_many_series_runs_are_compared_in_the_same_attention(tmp_path):
     records = [(name, factory.perplexity((2048,), shift=i)) for i, name in enumerate("ab")]
     found, _ = tables(tmp_path, *records)
-    pairs = [row[0] for row in found["pair"].rows]
-    assert len(pairs) == 5
-    assert all(pair.endswith(" minus a: full") for pair in pairs)
-    assert "b: hici, all (not causal) minus a: full" in pairs
+    assert [row[0] for row in found["pair"].rows] == [
+        "b: full minus a: full",
+        "b: hici, past minus a: hici, past",
+        "b: hici, all (not causal) minus a: hici, all (not causal)",
+        "a: hici, past minus a: full",
+        "a: hici, all (not causal) minus a: full",
+        "b: hici, past minus b: full",
+        "b: hici, all (not causal) minus b: full",
+    ]
+    assert "the same attention" in found["pair"].notes[0]
+    few, _ = tables(tmp_path / "few", ("a", factory.perplexity((2048,), (factory.FULL, factory.PAST))),
+                    ("b", factory.perplexity((2048,), (factory.FULL, factory.PAST))))  # fmt: skip
+    assert (len(few["pair"].rows), list(few["pair"].notes)) == (6, [])
+
+
+def test_zero_inside_of_the_interval_is_said(tmp_path):
+    record = factory.perplexity((2048,), (factory.FULL,))
+    found, _ = tables(tmp_path, ("a", record), ("b", copy.deepcopy(record)))
+    assert found["pair"].rows[0][1] == "+0.0000 (+0.0000 to +0.0000), not distinguishable"
+    one = factory.perplexity((2048,), (factory.FULL,), windows=1)
+    found, _ = tables(tmp_path / "one", ("a", one), ("b", copy.deepcopy(one)))
+    assert found["pair"].rows[0][1] == "+0.0000, no interval"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda r: r["conditions"][0].update(num_fewshot=5), "protocols (num_fewshot)"),
+        (lambda r: r["protocol"].update(limit=100), "protocols (limit)"),
+        (lambda r: r["protocol"]["tasks"]["arc_easy"]["config"].update(doc_to_text="Q"),
+         "protocols (doc_to_text of arc_easy)"),
+        (lambda r: r["data"]["tasks"]["arc_easy"].update(sha256="cd" * 32), "data"),
+    ],
+    ids=["shots", "limit", "prompt", "documents"],
+)  # fmt: skip
+def test_harness_tasks_of_other_settings_are_not_compared(tmp_path, change, reason):
+    def record(path):
+        made = factory.lm()
+        config = {"doc_to_text": "{{q}}", "dataset_kwargs": {"data_files": path}}
+        made["protocol"] |= {"limit": None, "batch_size": 1, "tasks": {"arc_easy": {"config": config}}}
+        made["data"] = {"tasks": {"arc_easy": {"documents": 9, "sha256": "ab" * 32}}}
+        return made
+
+    a, b = record("here.jsonl"), record("there.jsonl")
+    b["protocol"]["batch_size"] = 8
+    found, _ = tables(tmp_path, ("a", a), ("b", b))
+    assert found["pair"].rows[0][1].startswith("+0.0000 (")
+    change(b)
+    found, _ = tables(tmp_path / "other", ("a", a), ("b", b))
+    assert found["pair"].rows[0][1] == f"not comparable: {reason} differ"
+
+
+def test_other_haystacks_and_samples_are_not_compared(tmp_path):
+    a, b = factory.retrieval(), factory.retrieval()
+    for name, record in (("a", a), ("b", b)):
+        record["data"] = {"haystack": {"files": [{"path": f"{name}.txt", "sha256": "ab" * 32}]}, "cases": []}
+    found, _ = tables(tmp_path, ("a", a), ("b", b))
+    assert all("not comparable" not in cell for row in found["task and pair"].rows for cell in row)
+    b["data"]["haystack"]["files"][0]["sha256"] = "cd" * 32
+    found, _ = tables(tmp_path / "hay", ("a", a), ("b", b))
+    across = [row for row in found["task and pair"].rows if "b: full minus a: full" in row[0]]
+    assert {cell for row in across for cell in row[1:]} == {"not comparable: data differ"}
+    a, b = factory.longbench((factory.FULL,)), factory.longbench((factory.FULL,))
+    a["protocol"]["datasets"], b["protocol"]["datasets"] = {"trec": {"samples": 200}}, {"trec": {"samples": 9}}
+    found, _ = tables(tmp_path / "longbench", ("a", a), ("b", b))
+    assert found["pair"].rows[0][1] == "not comparable: protocols (datasets: samples) differ"
 
 
 def test_retrieval_over_all_depths(tmp_path):
@@ -200,3 +262,21 @@ def test_files_of_the_data_are_one_setting(tmp_path):
     assert [cell.full for cell in cells] == [
         f'{{"trec.jsonl": "{"ab" * 32}"}}', f'{{"trec.jsonl": "{"cd" * 32}", "lcc.jsonl": "{"ef" * 32}"}}'
     ]  # fmt: skip
+
+
+def test_settings_of_one_run_alone_and_segments(tmp_path):
+    a, b = factory.perplexity((2048,)), factory.perplexity((2048,))
+    b["protocol"]["prefix"] = 7
+    for condition in b["conditions"]:
+        condition["segment_size"] = 512 if condition["segment_size"] else None
+    _, gathered = tables(tmp_path, ("a", a), ("b", b))
+    (table,) = settings.SECTION.draw(gathered)
+    assert {row[0]: row[1:] for row in table.rows} == {
+        "perplexity, published: protocol.prefix": ["-", "7"],
+        "perplexity, published: segment_size in hici, past": ["1024", "512"],
+        "perplexity, published: segment_size in hici, all (not causal)": ["1024", "512"],
+    }
+    other = factory.perplexity((2048,), (factory.FULL,), protocol="strict")  # what only one measured is no difference
+    _, gathered = tables(tmp_path / "more", ("a", a), ("b", a), ("c", other))
+    (found,) = settings.SECTION.draw(gathered)
+    assert "agree in every setting" in found.text

@@ -1,5 +1,6 @@
 """What `hici report` finds at its arguments, how it names it, and what it refuses."""
 
+import copy
 import json
 import logging
 
@@ -8,6 +9,9 @@ import pytest
 import result_factory as factory
 from hici.eval.results import SCHEMA_VERSION
 from hici.report.gather import gather
+from hici.report.section import all_sections
+from hici.report.sections import retrieval
+from hici.report.verdicts import verdict_table
 
 
 def labels(gathered):
@@ -62,9 +66,10 @@ def test_one_level_below_is_searched_and_no_further(tmp_path):
     factory.write(tmp_path / "all" / "base" / "ppl.json", factory.perplexity())
     factory.write(tmp_path / "all" / "base" / "deep" / "ppl.json", factory.perplexity())
     factory.write(tmp_path / "all" / "ours" / "ppl.json", factory.perplexity())
-    factory.training_run(tmp_path / "all" / "trained")
+    trained = factory.training_run(tmp_path / "all" / "trained")
+    factory.write(trained / "results" / "strict.json", factory.perplexity(protocol="strict"))  # a run is whole
     found = gather([tmp_path / "all"])
-    assert labels(found) == [("base", "ppl.json"), ("ours", "ppl.json")]
+    assert labels(found) == [("trained", "strict.json"), ("base", "ppl.json"), ("ours", "ppl.json")]
     assert [run.label for run in found.runs] == ["trained"]
 
 
@@ -126,11 +131,23 @@ def damaged(task, change):
         (damaged("perplexity", lambda r: r.update(model="m")), "its model is neither an object nor null"),
         (damaged("retrieval", lambda r: r["conditions"][0].update(accuracy=True)), "`accuracy` of its condition 1"),
         (damaged("position", lambda r: r["conditions"][0]["bins"][0].pop("last")), "`bins` of its condition 1"),
-        (damaged("inspect", lambda r: r["conditions"][0]["shares"].pop("local")), "no rows of layers for 'local'"),
+        (damaged("inspect", lambda r: r["conditions"][0]["shares"].pop("local")), "lacks [layer][head] for one of"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(ppl=float("inf"))), "`ppl` of its condition 1 is"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(ppl_interval=[1.0])), "`ppl_interval` of its cond"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(losses=["x"])), "`losses` of its condition 1"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(context=0)), "`context` of its condition 1 is 0"),
+        (damaged("perplexity", lambda r: r["conditions"][0].update(peak_memory_bytes="x")), "`peak_memory_bytes` of"),
+        (damaged("retrieval", lambda r: r["conditions"][0].update(depth="x")), "`depth` of its condition 1 is x"),
+        (damaged("position", lambda r: r["conditions"][0]["bins"][0].update(interval=[None, 1])), "`bins` of its"),
+        (damaged("inspect", lambda r: r["conditions"][0]["shares"].update(local=[[0.5]])), "has other layers or heads"),
+        (damaged("inspect", lambda r: r["conditions"][0].update(slot_similarity={"local": [[1.0]]})),
+         "`slot_similarity` of its condition 1 is not [layer][segment][segment]"),
+        (damaged("perplexity", lambda r: r["provenance"].update(machine="m")), "its machine is neither"),
         (damaged("score", lambda r: r.update(accuracy={"5": "all"})), "`accuracy` is no object of numbers"),
     ],
     ids=["foreign", "version", "field", "number", "type", "bool", "object", "protocol", "model", "retrieval", "bins",
-         "shares", "scores"],
+         "shares", "infinite", "interval", "losses", "context", "memory", "depth", "bin", "heads", "similarity",
+         "machine", "scores"],
 )  # fmt: skip
 def test_damaged_results_are_named(tmp_path, record, message):
     path = factory.write(tmp_path / "ppl.json", record)
@@ -138,6 +155,29 @@ def test_damaged_results_are_named(tmp_path, record, message):
         gather([path])
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_comparisons_are_checked_and_told_apart(tmp_path):
+    paths = [factory.write(tmp_path / name / "compare.json", factory.training_comparison()) for name in "ab"]
+    assert [each.label for each in gather(paths).comparisons] == ["a/compare", "b/compare"]
+    for change, message in (
+        (lambda r: r["runs"][1].pop("trained"), "its run 2 lacks"),
+        (lambda r: r.update(settings=3), "its settings is no object"),
+        (lambda r: r.update(runs=[], baselines={}), "nothing was measured"),
+    ):
+        record = factory.training_comparison()
+        change(record)
+        with pytest.raises(ValueError, match=f"compare.json is .*{message}"):
+            gather([factory.write(tmp_path / "c" / "compare.json", record)])
+
+
+def test_a_result_without_conditions_has_no_figure(tmp_path):
+    for task in ("published", "position"):
+        factory.write(tmp_path / "r" / f"{task}.json", factory.perplexity(protocol=task) | {"conditions": []})
+    found = gather([tmp_path / "r"])
+    assert len(found.results) == 2
+    assert found.protocols("perplexity") == []
+    assert [s.title for s in all_sections() if s.applies(found)] == ["Summary", "Provenance"]
 
 
 def test_damaged_files_of_a_directory_are_named(tmp_path):
@@ -177,3 +217,22 @@ def test_every_run_and_attention_has_a_look_of_its_own(tmp_path):
     hollow = {key for key, look in looks.items() if look.hollow}
     assert hollow == {(name, "hici, all (not causal)") for name in ("a", "b", "c")}
     assert looks["a", "hici, all (not causal)"].face == "white"
+
+
+def test_cases_of_files_are_tasks_of_their_own(tmp_path):
+    """Not on one line with generated ones, and compared where the files are the same."""
+    record = factory.retrieval((1024,), attentions=(factory.FULL,), tasks=("topics",))
+    cases = [{"path": "x/10_topics.jsonl", "sha256": "ab" * 32, "task": "topics"}]
+    record["data"] = {"haystack": None, "cases": cases}
+    record["conditions"].append(record["conditions"][0] | {"context": 4096, "cases": "x/10_topics.jsonl"})
+    other = copy.deepcopy(record)
+    other["data"]["cases"][0] |= {"path": "y/10_topics.jsonl", "sha256": "cd" * 32}
+    other["conditions"][1]["cases"] = "y/10_topics.jsonl"
+    found = gather([factory.write(tmp_path / name / "r.json", r) for name, r in (("a", record), ("b", other))])
+    assert [c["task"] for c in found.results[0].record["conditions"]] == ["topics", "topics of 10_topics.jsonl"]
+    (figure,) = retrieval.SECTION.draw(found)
+    assert [axis.get_title(loc="left") for axis in figure.draw(False).axes] == ["topics", "topics of 10_topics.jsonl"]
+    table = verdict_table(found)
+    cells = dict(zip([row[0] for row in table.rows], [row[1] for row in table.rows], strict=True))
+    assert cells["topics"].startswith("not distinguishable: +0.0")
+    assert cells["topics of 10_topics.jsonl"] == "not comparable: data differ"

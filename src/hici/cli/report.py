@@ -9,7 +9,7 @@ from typing import Any
 _DESCRIPTION = """\
 Draw results (of `hici eval`, `hici score`, `hici inspect`) and training runs as one page, index.html, that needs no
 network and nothing beside it, and as PNGs; and print the numbers of training runs. RESULT is a result's JSON, a
-directory with results (searched itself and one level below), the output_dir of a recipe (also while the run goes on),
+directory with results and runs (searched itself and one level below), the output_dir of a recipe (also in mid-run),
 or a JSON of benchmarks/compare.py. Several are compared. An earlier report is drawn anew; any other directory is left
 alone."""
 

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,9 @@ def _style(axis: Any, narrow: bool = False) -> None:
 
 def panel_title(axis: Any, title: str, narrow: bool = False) -> None:
     """Left, bold, folded where it is longer than its panel."""
-    import textwrap
-
     width = axis.get_subplotspec().get_gridspec().ncols
-    letters = 46 if narrow else 96 // width
-    axis.set_title("\n".join(textwrap.wrap(plain(title), letters)), loc="left", fontsize=10.5 if narrow else 11.5,
-                   fontweight="bold")  # fmt: skip
+    letters = 42 if narrow else {1: 96, 2: 43, 3: 24}[width]
+    axis.set_title(folded(plain(title), letters), loc="left", fontsize=10.5 if narrow else 11.5, fontweight="bold")
 
 
 def legend_below(figure: Any, axis: Any, *, narrow: bool) -> None:
@@ -91,17 +89,38 @@ def legend_below(figure: Any, axis: Any, *, narrow: bool) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if not handles:
         return
-    longest = max(map(len, labels))
-    columns = 1 if narrow else max(1, min(len(labels), 4, 120 // (longest + 9)))
+    labels = [folded(label, _legend_letters(narrow)) for label in labels]
+    columns = _legend_columns(labels, narrow)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9.5 if narrow else 10.5,
                   frameon=False, handlelength=3.6, columnspacing=1.6)  # fmt: skip
 
 
+def fullest(axes: Sequence[Any]) -> Any:
+    """The one whose legend names the most: a panel may lack a line that another has."""
+    return max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
+
+
 def legend_height(names: Sequence[str], *, narrow: bool) -> float:
     """Inches that `legend_below` takes."""
-    longest = max(map(len, names), default=0)
-    columns = 1 if narrow else max(1, min(len(names), 4, 120 // (longest + 9)))
-    return 0.15 + 0.22 * math.ceil(len(names) / columns)
+    labels = [folded(name, _legend_letters(narrow)) for name in names]
+    columns = _legend_columns(labels, narrow)
+    lines = sum(label.count("\n") + 1 for label in labels) if columns == 1 else math.ceil(len(labels) / columns)
+    return 0.15 + 0.22 * lines
+
+
+def _legend_columns(labels: Sequence[str], narrow: bool) -> int:
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
+    return 1 if narrow else max(1, min(len(labels), 4, 120 // (longest + 9)))
+
+
+def _legend_letters(narrow: bool) -> int:
+    """That a line of a legend below a figure has room for."""
+    return 50 if narrow else 100
+
+
+def folded(text: str, letters: int) -> str:
+    """In lines of at most so many letters, so that a long name is not cut at the figure's edge."""
+    return "\n".join(textwrap.wrap(text, letters, drop_whitespace=False)) if len(text) > letters else text
 
 
 def plain(text: str) -> str:
@@ -115,16 +134,34 @@ def tokens(count: float) -> str:
 
 
 def context_ticks(axis: Any, contexts: Sequence[int]) -> None:
-    """A logarithmic axis of lengths, with a tick at each that was measured."""
+    """A logarithmic axis of lengths, with a tick at each that was measured, and names where there is room."""
     contexts = sorted(set(contexts))
+    named = _named_ticks(axis, contexts)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(contexts, [tokens(context) for context in contexts])
+    axis.set_xticks(contexts, [tokens(context) if context in named else "" for context in contexts])
     axis.minorticks_off()
-    if len(contexts) > 7:
-        axis.tick_params(axis="x", labelrotation=45)
     if len(contexts) == 1:
         axis.set_xlim(contexts[0] / 2, contexts[0] * 2)
     axis.set_xlabel("context, tokens (K = 1,024)")
+
+
+def _named_ticks(axis: Any, contexts: Sequence[int]) -> set[int]:
+    """The ends, then the roundest numbers, as long as none comes too close to another."""
+    inches = 0.85 * axis.figure.get_figwidth() / axis.get_subplotspec().get_gridspec().ncols
+    octaves = math.log2(contexts[-1] / contexts[0])
+    least = (0.1 + 0.1 * max(len(tokens(context)) for context in contexts)) * octaves / inches
+    named: list[int] = []
+    # a number's lowest set bit: 4096 is rounder than 5120
+    for context in sorted(contexts, key=lambda c: (c not in (contexts[-1], contexts[0]), -(c & -c), c)):
+        if all(abs(math.log2(context / other)) >= least for other in named):
+            named.append(context)
+    return set(named)
+
+
+def not_recorded(axis: Any) -> None:
+    """An axis without numbers says so."""
+    axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color=GREY)
+    axis.set(xticks=[], yticks=[])
 
 
 def plain_log_scale(axis: Any) -> None:

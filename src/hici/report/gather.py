@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from hici.eval.labels import attention_label
 from hici.eval.results import is_result, read_result
 from hici.files import read_json
-from hici.report.fields import check_fields
+from hici.report.differences import case_name
+from hici.report.fields import check_comparison, check_fields
 from hici.report.metrics import METRICS_FILE
 from hici.report.runs import RESULT_FILE, RunLog, distinct_labels, read_run
 from hici.report.series import Key, Labelled, Look, looks_of
@@ -74,7 +75,8 @@ class Gathered:
 
     def protocols(self, task: str) -> list[str]:
         """Names of the protocols of a task: the known ones first, then the others as they come."""
-        names = dict.fromkeys(str(result.record["protocol"].get("name")) for result in self.of(task))
+        measured = [result.record for result in self.of(task) if result.record["conditions"]]
+        names = dict.fromkeys(str(record["protocol"].get("name")) for record in measured)
         return sorted(names, key=lambda name: _PROTOCOLS.index(name) if name in _PROTOCOLS else len(_PROTOCOLS))
 
 
@@ -93,9 +95,9 @@ class _Folder(NamedTuple):
 def gather(arguments: Sequence[str | Path]) -> Gathered:
     """All that lies at the arguments: result files, training comparisons, and directories with them.
 
-    A directory is searched itself and one level below; each may be a training run's output_dir. Other JSON files there
-    are left out, with a warning. A result is named after its directory, or after its file where several results of a
-    directory measure the same; below a training run, after the run.
+    A directory is searched itself and one level below, and so is the output_dir of a training run there. Other JSON
+    files are left out, with a warning. A result is named after its directory, or after its file where several results
+    of a directory measure the same; below a training run, after the run.
 
     Raises:
         ValueError: nothing there; something given twice; a file that is damaged, or a result of another version.
@@ -125,7 +127,7 @@ def gather(arguments: Sequence[str | Path]) -> Gathered:
     return Gathered(
         results=sorted(results, key=lambda result: order[result.path]),
         runs=[read_run(run, names[run.resolve()]) for run in runs],
-        comparisons=[Comparison(path.stem, path, read_json(path)) for path in comparisons],
+        comparisons=_comparisons(comparisons),
     )
 
 
@@ -139,17 +141,22 @@ def _search(directory: Path, homes: list[tuple[Path, Path]], runs: list[Path], c
     top = _look_into(directory)
     below = [path for path in sorted(directory.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     folders = [(directory, top)]
+    within: list[Path] = []
     for path in below:
         if (path / REPORT_MARKER).exists() or any((path / name).exists() for name in _MODEL_FILES):
             continue
         folder = _look_into(path, strict=False)
-        if not folder.is_empty:
+        if folder.run:
+            within.append(path)
+        elif not folder.is_empty:
             folders.append((path, _look_into(path)))
-    if all(folder.is_empty for _, folder in folders):
+    if not within and all(folder.is_empty for _, folder in folders):
         raise ValueError(
             f"{directory} holds no result, no training comparison, and neither {METRICS_FILE} nor {RESULT_FILE}, so no "
             "training run either; give what `hici eval`, `hici score`, `hici inspect` or `hici train` wrote"
         )
+    for path in within:  # a run's results lie below it
+        _search(path, homes, runs, comparisons)
     for path, folder in folders:
         if folder.run:
             runs.append(path)
@@ -190,7 +197,19 @@ def _look_into(directory: Path, *, strict: bool = True) -> _Folder:
 def _read(path: Path) -> dict[str, Any]:
     record = read_result(path)
     check_fields(path, record)
+    for condition in record["conditions"]:  # a file's cases are a task of their own beside the generated ones
+        if condition.get("cases") and record["task"] == "retrieval":
+            condition["task"] = case_name(condition["task"], condition["cases"])
     return record
+
+
+def _comparisons(paths: list[Path]) -> list[Comparison]:
+    """Named after their files, and their directories where two files have one name."""
+    records = [read_json(path) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        check_comparison(path, record)
+    names = distinct_labels([path.with_suffix("") for path in paths])
+    return [Comparison(*each) for each in zip(names, paths, records, strict=True)]
 
 
 def _refuse_twice(paths: list[Path]) -> None:

@@ -58,4 +58,10 @@ def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
             f"{path}, line {number} has step {step!r}, but an entry is an object with a whole number `step` >= 0; take "
             "the line out, or restore the file"
         )
+    for name in ("losses", "leaks_future", "clips"):
+        if not isinstance(entry.get(name, {}), dict):
+            raise ValueError(
+                f"{path}, line {number} has {name} {entry[name]!r}, but it is an object; take the line out, or restore "
+                "the file"
+            )
     return entry

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hici.files import read_json
 from hici.report.metrics import METRICS_FILE, events_of, read_metrics, steps_of
+from hici.report.numbers import is_number
 
 RESULT_FILE = "train.json"
 
@@ -42,7 +42,7 @@ class RunLog:
 
     def points(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a field, where it has a number."""
-        found = [(entry["step"], entry[key]) for entry in self.steps if _is_finite(entry.get(key))]
+        found = [(entry["step"], entry[key]) for entry in self.steps if is_number(entry.get(key))]
         return [step for step, _ in found], [value for _, value in found]
 
 
@@ -95,7 +95,7 @@ def _from_metrics(entries: list[dict[str, Any]], label: str) -> RunLog:
     heldout: dict[str, dict[int, float]] = {}
     for event in events_of(entries, "heldout"):
         for attention, loss in event.get("losses", {}).items():
-            if _is_finite(loss):
+            if is_number(loss):
                 heldout.setdefault(attention, {})[event["step"]] = loss  # measured again after a resume: the last one
     return RunLog(
         label=label,
@@ -104,7 +104,7 @@ def _from_metrics(entries: list[dict[str, Any]], label: str) -> RunLog:
         method=start.get("method"),
         visibility=start.get("visibility"),
         leaks_future=frozenset(name for name, leaks in start.get("leaks_future", {}).items() if leaks),
-        clips={name: clip for name, clip in start.get("clips", {}).items() if _is_finite(clip)},
+        clips={name: clip for name, clip in start.get("clips", {}).items() if is_number(clip)},
         resumes=tuple(event["step"] for event in events_of(entries, "resume")),
         total_steps=start.get("total_steps"),
         ended=told[-1:] == ["end"],
@@ -121,7 +121,8 @@ def _from_result(path: Path, label: str) -> RunLog:
     heldout: dict[str, list[tuple[int, float]]] = {}
     for when, step in (("before", 0), ("after", last)):
         for attention, loss in losses.get(when, {}).items():
-            heldout.setdefault(attention, []).append((step, loss))
+            if is_number(loss):
+                heldout.setdefault(attention, []).append((step, loss))
     clips = {"hici": recipe.get("hici_max_grad_norm"), "other": recipe.get("max_grad_norm")}
     return RunLog(
         label=label,
@@ -130,11 +131,7 @@ def _from_result(path: Path, label: str) -> RunLog:
         method=recipe.get("method", result.get("attention")),
         visibility=result.get("visibility"),
         leaks_future=frozenset(name for name, leaks in result.get("leaks_future", {}).items() if leaks),
-        clips={name: clip for name, clip in clips.items() if _is_finite(clip)},
+        clips={name: clip for name, clip in clips.items() if is_number(clip)},
         total_steps=recipe.get("max_steps"),
         ended=True,
     )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

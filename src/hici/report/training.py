@@ -7,7 +7,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hici.report.figures import GREY, NARROW_INCHES, new_mosaic, plain, plain_log_scale, save_figure
+from hici.eval.labels import NOT_CAUSAL
+from hici.report.figures import (
+    GREY,
+    NARROW_INCHES,
+    folded,
+    new_mosaic,
+    not_recorded,
+    plain,
+    plain_log_scale,
+    save_figure,
+)
+from hici.report.numbers import is_number
 from hici.report.runs import RunLog
 from hici.report.tables import size
 
@@ -16,6 +27,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _MARKERS = {"full": "o", "hici": "s", "hici_s2": "^"}
 _HELDOUT_COLOURS = {"full": "#D55E00", "hici": "#009E73", "hici_s2": "#CC79A7"}
+
+_LEGEND_LETTERS = 56  # of a line; inside of the losses' panel, or as wide as a phone
 
 _LAYOUT = (("loss", "loss", "hici_norm"), ("loss", "loss", "other_norm"), ("rate", "speed", "memory"))
 _NARROW_LAYOUT = (("loss",), ("loss",), ("hici_norm",), ("other_norm",), ("rate",), ("speed",), ("memory",))
@@ -57,14 +70,15 @@ def training_figure(runs: Sequence[RunLog], *, narrow: bool = False) -> Any:
         axes[name].set_xlabel("optimizer step")
     single = len(runs) == 1
     for i, run in enumerate(runs):
-        look = _Look(_COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)], None if single else plain(run.label))
+        look = _Look(_COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)], None if single else plain(name_of(run)))
         _draw_run(axes, run, look)
     _finish(axes, 9.5 if narrow else 11)
-    if narrow:  # it would hide half of the losses
+    if narrow and axes["loss"].get_legend():  # it would hide half of the losses
         handles, labels = axes["loss"].get_legend_handles_labels()
         axes["loss"].get_legend().remove()
+        labels = [folded(label, _LEGEND_LETTERS) for label in labels]
         figure.legend(handles, labels, loc="outside upper center", fontsize=9.5, frameon=False)
-    else:
+    elif not narrow:
         figure.suptitle(plain(describe_run(runs[0])) if single else f"{len(runs)} runs", fontsize=16)
     return figure
 
@@ -82,12 +96,17 @@ def _draw_run(axes: dict[str, Any], run: RunLog, look: _Look) -> None:
             axis.axvline(step, color=colour, linestyle=(0, (1, 2)), linewidth=1.2, label=label)
 
 
+def name_of(run: RunLog) -> str:
+    """Its label, and whether its training loss sees the future."""
+    return f"{run.label} (training loss {NOT_CAUSAL})" if run.method in run.leaks_future else run.label
+
+
 def describe_run(run: RunLog) -> str:
     """Name, method and progress in one line."""
     parts = [run.label]
     if run.method:
         parts.append(f"method {run.method}" + (f", visibility {run.visibility}" if run.visibility else "")
-                     + (" (not causal)" if run.method in run.leaks_future else ""))  # fmt: skip
+                     + (f" ({NOT_CAUSAL})" if run.method in run.leaks_future else ""))  # fmt: skip
     done = f"{run.steps[-1]['step']:,}"
     parts.append(f"{done} steps" if run.total_steps is None else f"{done} of {run.total_steps:,} steps")
     return "   |   ".join(parts)
@@ -97,7 +116,7 @@ def run_facts(run: RunLog) -> dict[str, str]:
     """Names and values of the summary; what a run did not record is left out."""
     facts = {"method": f"{run.method}, visibility {run.visibility}" if run.visibility else run.method or "not recorded"}
     if run.method in run.leaks_future:
-        facts["method"] += " (not causal)"
+        facts["method"] += f" ({NOT_CAUSAL})"
     done = f"{run.steps[-1]['step']:,}" + ("" if run.total_steps is None else f" of {run.total_steps:,}")
     facts["steps done"] = done + ("" if run.ended else " (goes on, or was stopped)")
     if run.resumes:
@@ -108,7 +127,8 @@ def run_facts(run: RunLog) -> dict[str, str]:
         facts["last loss"] = f"{losses[-1]:.4f}"
         if window > 1:
             facts["mean loss at the end"] = f"{sum(losses[-window:]) / window:.4f} ({window} steps)"
-    timed = [entry for entry in run.steps if entry.get("tokens") and entry.get("seconds")]
+    timed = [entry for entry in run.steps if is_number(entry.get("tokens")) and is_number(entry.get("seconds"))]
+    timed = [entry for entry in timed if entry["tokens"] and entry["seconds"]]
     if timed:
         tokens, seconds = (sum(entry[key] for entry in timed) for key in ("tokens", "seconds"))
         facts["tokens a second"] = f"{tokens / seconds:,.0f}"
@@ -125,7 +145,7 @@ def run_facts(run: RunLog) -> dict[str, str]:
 
 def heldout_label(run: RunLog, attention: str) -> str:
     """What stands beside every held-out loss: its attention, and whether tokens saw their future."""
-    mark = f" (not causal: visibility {run.visibility})" if attention in run.leaks_future else ""
+    mark = f" ({NOT_CAUSAL}: visibility {run.visibility})" if attention in run.leaks_future else ""
     return f"held-out, {attention} attention{mark}"
 
 
@@ -220,8 +240,7 @@ def _finish(axes: Any, size: float) -> None:
 
     for name, axis in axes.items():
         if not any(len(line.get_xdata()) for line in axis.lines):
-            axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color=GREY)
-            axis.set(xticks=[], yticks=[])
+            not_recorded(axis)
             continue
         axis.tick_params(labelsize=size)
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -236,4 +255,5 @@ def _finish(axes: Any, size: float) -> None:
             zip(*axis.get_legend_handles_labels(), strict=True), key=lambda pair: pair[0].get_linestyle() == "None"
         )
         if pairs:  # lines, then markers
-            axis.legend(*zip(*pairs, strict=True), fontsize=size)
+            handles, labels = zip(*pairs, strict=True)
+            axis.legend(handles, [folded(label, _LEGEND_LETTERS) for label in labels], fontsize=size)

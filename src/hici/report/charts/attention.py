@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from hici.report.charts.heat import annotated_heat_map, colour_bar, label_cells
-from hici.report.figures import legend_below, new_panels, panel_title
+from hici.report.figures import fullest, legend_below, new_panels, panel_title
 from hici.report.series import Series
 
 PARTS = ("global", "local", "tokens")
@@ -33,8 +33,7 @@ def shares_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
             axis.bar(layers, values, bottom=below, width=0.86, color=colour, hatch=hatch, edgecolor=edge, linewidth=0.4,
                      label=_NAMES[part])  # fmt: skip
             below = [low + value for low, value in zip(below, values, strict=True)]
-        axis.set_xticks(layers[:: max(1, -(-len(layers) // (8 if narrow else 16)))])
-        axis.set_xlabel("layer")
+        _layer_ticks(axis, layers, narrow)
         axis.set_ylabel("attention, percent")
         axis.set_ylim(0, 100)
         axis.grid(axis="x", visible=False)
@@ -84,11 +83,16 @@ def similarity_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
             axis.plot(layers_of(entry), means, color=colour, marker=marker, linestyle=dash,
                       linewidth=1.8, markersize=6, label=_NAMES[part])  # fmt: skip
         axis.set_ylim(min(-0.02, axis.get_ylim()[0]), 1.02)
-        axis.set_xlabel("layer")
+        _layer_ticks(axis, layers_of(entry), narrow)
         axis.set_ylabel("cosine similarity")
         panel_title(axis, name, narrow)
-    legend_below(figure, axes[0], narrow=narrow)
+    legend_below(figure, fullest(axes), narrow=narrow)
     return figure
+
+
+def _layer_ticks(axis: Any, layers: Sequence[int], narrow: bool) -> None:
+    axis.set_xticks(layers[:: max(1, -(-len(layers) // (8 if narrow else 16)))])
+    axis.set_xlabel("layer")
 
 
 def segments_figure(name: str, entry: dict[str, Any], *, narrow: bool = False) -> Any:

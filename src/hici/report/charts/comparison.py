@@ -52,7 +52,7 @@ def comparison_figure(trained: Sequence[Trained], *, narrow: bool = False) -> An
         axes[1].xaxis.get_major_locator().set_params(integer=True)
         axes[1].set_xlabel("optimizer step")
         axes[1].set_ylabel("training loss, nats a token")
-        panel_title(axes[1], "training loss, smoothed", narrow)
+        panel_title(axes[1], "training loss, in own attention", narrow)
     legend_below(figure, axes[0], narrow=narrow)
     return figure
 

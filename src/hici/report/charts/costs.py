@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hici.report.figures import context_ticks, legend_below, legend_height, new_panels, panel_title, plain
+from hici.report.figures import (
+    context_ticks,
+    legend_below,
+    legend_height,
+    new_panels,
+    not_recorded,
+    panel_title,
+    plain,
+)
 from hici.report.series import Series, by_context
 
 
@@ -15,6 +23,8 @@ def cost_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
     Args:
         series: entries with context, tokens_per_second, peak_memory_bytes.
     """
+    from matplotlib.ticker import StrMethodFormatter
+
     below = legend_height([one.name for one in series], narrow=narrow)
     figure, (speed, memory) = new_panels(2, narrow=narrow, height=3.5, below=below)
     for axis, field, scale, title, unit in (
@@ -28,7 +38,11 @@ def cost_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
                       color=look.colour, linestyle=look.dash, marker=look.marker, markerfacecolor=look.face,
                       markersize=7, markeredgewidth=1.6, linewidth=1.8, label=plain(one.name))  # fmt: skip
         context_ticks(axis, [point["context"] for one in series for point in one.entries])
-        axis.set_ylim(0, 1.12 * axis.dataLim.ymax)
+        if any(point.get(field) for one in series for point in one.entries):
+            axis.set_ylim(0, 1.12 * axis.dataLim.ymax)
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        else:
+            not_recorded(axis)
         axis.set_ylabel(unit)
         panel_title(axis, title, narrow)
     legend_below(figure, speed, narrow=narrow)

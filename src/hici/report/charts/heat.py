@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _SMALLEST = 7.0  # points: smaller numbers are left to the colour bar and the table
+_GRID_UP_TO = 40  # columns: lines between smaller cells would hide their colours
 _MAP = "cividis"  # alike with and without red and green, and from dark to light in grey
 
 
@@ -33,7 +34,8 @@ def annotated_heat_map(
     columns = max(len(row) for row in values)
     axis.set_xticks([x - 0.5 for x in range(1, columns)], minor=True)
     axis.set_yticks([y - 0.5 for y in range(1, len(values))], minor=True)
-    axis.grid(which="minor", color="white", linewidth=1.2 if columns <= 12 else 0.5)
+    if columns <= _GRID_UP_TO:
+        axis.grid(which="minor", color="white", linewidth=1.2 if columns <= 12 else 0.5)
     axis.tick_params(which="both", length=0)
     letters = digits + 3
     size = min(10.5 if not narrow else 9.5, (270 if narrow else 640 / panels) / (columns * letters * 0.62))
@@ -51,7 +53,9 @@ def label_cells(axis: Any, columns: Sequence[str], rows: Sequence[str], *, narro
     room = (44 if narrow else 108) // panels
     every = max(1, -(-len(columns) * (max(map(len, columns)) + 1) // room))
     axis.set_xticks(range(0, len(columns), every), columns[::every])
-    axis.set_yticks(range(len(rows)), rows)
+    inches = axis.figure.get_figheight() / axis.get_subplotspec().get_gridspec().nrows - 0.8
+    every = max(1, math.ceil(0.17 * len(rows) / inches))
+    axis.set_yticks(range(0, len(rows), every), rows[::every])
 
 
 def _ink(colour: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from hici.report.figures import (
     context_ticks,
+    fullest,
     legend_below,
     legend_height,
     new_panels,
@@ -79,15 +81,17 @@ def position_figure(series: Sequence[Series], *, title: str = "", narrow: bool =
         panel_title(axis, f"windows of {context:,} tokens", narrow)
     if title:
         figure.suptitle(plain(title), fontsize=11)
-    fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
-    legend_below(figure, fullest, narrow=narrow)
+    legend_below(figure, fullest(axes), narrow=narrow)
     return figure
 
 
 def beside(number: int, count: int, contexts: Sequence[int]) -> float:
     """The factor that moves line `number` of `count` to the side, or the bars of one context hide each other."""
     octaves = max(1.0, math.log2(max(contexts) / min(contexts)))
-    return 2 ** (min(0.06, 0.022 * octaves) * (number - (count - 1) / 2))
+    lengths = sorted(set(contexts))
+    nearest = min((math.log2(after / before) for before, after in itertools.pairwise(lengths)), default=octaves)
+    step = min(0.06, 0.022 * octaves, 0.6 * nearest / max(1, count - 1))  # lines of two lengths stay apart
+    return 2 ** (step * (number - (count - 1) / 2))
 
 
 def error_line(

@@ -8,7 +8,7 @@ from typing import Any
 
 from hici.report.charts.heat import annotated_heat_map, colour_bar, label_cells
 from hici.report.charts.perplexity import beside, error_line
-from hici.report.figures import context_ticks, legend_below, legend_height, new_panels, panel_title, tokens
+from hici.report.figures import context_ticks, fullest, legend_below, legend_height, new_panels, panel_title, tokens
 from hici.report.series import Series, by_context
 
 
@@ -59,6 +59,5 @@ def accuracy_figure(tasks: Sequence[tuple[str, Sequence[Series]]], *, narrow: bo
         axis.set_ylim(-3, 103)
         axis.set_ylabel("correct, percent")
         panel_title(axis, task, narrow)
-    fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
-    legend_below(figure, fullest, narrow=narrow)
+    legend_below(figure, fullest(axes), narrow=narrow)
     return figure

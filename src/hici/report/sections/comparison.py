@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from hici.eval.labels import attention_label
+from hici.eval.labels import NOT_CAUSAL, attention_label
 from hici.report.charts.comparison import Trained, comparison_figure
 from hici.report.gather import Comparison, Gathered
 from hici.report.numbers import MISSING, fixed, gib, signed, signed_span, whole
@@ -38,8 +38,9 @@ def _blocks(number: int, comparison: Comparison) -> list[Block]:
         Figure(
             f"training-comparison-{number}-{slug(comparison.label)}",
             draw,
-            "Perplexity of held-out text by length, and the loss while training, mean of the seeds. Measured in full "
-            "attention, unless the name of the line says otherwise.",
+            "Left: perplexity of held-out text by length, mean of the seeds, in full attention unless the name of the "
+            "line says otherwise. Right: the loss while training, in each method's own attention: in hici attention "
+            f"with visibility all or current it is {NOT_CAUSAL}, and no measure of a method.",
             f"Training comparison {comparison.label}. {ends}",
             _perplexities(trained, lengths),
         ),
@@ -102,15 +103,17 @@ def _costs(costs: dict[str, Any]) -> Table:
 
 def _differences(found: Sequence[dict[str, Any]]) -> Table:
     rows = [
-        [f"{each['a']} minus {each['minus']}", whole(each["length"]), signed(each["loss_difference"], 4),
-         signed_span(each["interval_windows"], 4), signed_span(each["interval_windows_and_seeds"], 4), each["verdict"]]
+        [f"{each['a']} minus {each['minus']}", each["verdict"], whole(each["length"]),
+         signed(each["loss_difference"], 4), signed_span(each["interval_windows"], 4),
+         signed_span(each["interval_windows_and_seeds"], 4)]
         for each in found
     ]  # fmt: skip
     return Table(
         "Differences in held-out loss, nats a token, same windows and seeds, with 95 % intervals: over windows, and "
         "over windows and seeds",
-        ["pair", "length", "difference", "over windows", "and seeds", "verdict"],
+        ["pair", "verdict", "length", "difference", "over windows", "and seeds"],
         rows,
+        text_columns=2,
     )
 
 

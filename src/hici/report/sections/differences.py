@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any
 
-from hici.eval.labels import attention_label
 from hici.report.differences import (
     Difference,
     Measured,
-    accuracy_difference,
-    differing_protocol,
     loss_difference,
     pooled,
-    value_difference,
+    retrieval_difference,
+    score_differences,
+    task_difference,
 )
-from hici.report.gather import Gathered, Result
+from hici.report.gather import Gathered
 from hici.report.numbers import MISSING, signed, signed_span
 from hici.report.page import Block, Table
+from hici.report.pairs import ALL_PAIRS_UP_TO, CHOSEN, all_pairs, measured_by_series, name_of
 from hici.report.section import Section
+from hici.report.series import Key
 
 _WORDS = "Lower or higher is said where zero lies outside of the interval."
-_ALL_PAIRS_UP_TO = 4  # of more series, each is compared with the first only
 
 
 def _tables(gathered: Gathered) -> list[Table]:
@@ -32,21 +30,12 @@ def _tables(gathered: Gathered) -> list[Table]:
     return [table for table in tables if table is not None]
 
 
-def _measured(results: Iterable[Result]) -> dict[str, list[Measured]]:
-    """By the series' name."""
-    found: dict[str, list[Measured]] = {}
-    for result in results:
-        for condition in result.record["conditions"]:
-            name = f"{result.label}: {attention_label(condition)}"
-            found.setdefault(name, []).append(Measured(name, condition, result.record))
-    return found
+def _pairs(measured: dict[Key, list[Measured]]) -> list[tuple[Key, Key]]:
+    return all_pairs(list(measured))
 
 
-def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(later, earlier)."""
-    if len(names) <= _ALL_PAIRS_UP_TO:
-        return [(later, earlier) for earlier, later in itertools.combinations(names, 2)]
-    return [(name, names[0]) for name in names[1:]]
+def _notes(measured: dict[Key, list[Measured]]) -> list[str]:
+    return [CHOSEN] if len(measured) > ALL_PAIRS_UP_TO else []
 
 
 def _table(
@@ -63,17 +52,14 @@ def _shown(found: Difference | str | None, digits: int, scale: float = 1.0) -> s
         return found or MISSING
     bounds = None if found.interval is None else [scale * bound for bound in found.interval]
     interval = "" if bounds is None else f" ({signed_span(bounds, digits)})"
-    verdict = f", {found.verdict}" if found.verdict in ("lower", "higher") else ""
-    return f"{signed(scale * found.value, digits)}{interval}{verdict}"
+    return f"{signed(scale * found.value, digits)}{interval}, {found.verdict}"
 
 
 def _perplexity(gathered: Gathered, protocol: str) -> Table | None:
-    found = {
-        name: {f"{each.condition['context']:,} tokens": each for each in own}
-        for name, own in _measured(gathered.of("perplexity", protocol)).items()
-    }
+    measured = measured_by_series(gathered.of("perplexity", protocol))
+    found = {key: {f"{each.condition['context']:,} tokens": each for each in own} for key, own in measured.items()}
 
-    def cell(a: str, b: str) -> Callable[[str], str]:
+    def cell(a: Key, b: Key) -> Callable[[str], str]:
         def at(column: str) -> str:
             if column not in found[a] or column not in found[b]:
                 return MISSING
@@ -86,19 +72,21 @@ def _perplexity(gathered: Gathered, protocol: str) -> Table | None:
         f"Difference in loss, nats a token, protocol {protocol}: first minus second over the same windows, with a 95 % "
         f"interval (paired, Student's t over groups that are independent). {_WORDS} Lower is better.",
         [f"{context:,} tokens" for context in contexts],
-        {f"{a} minus {b}": cell(a, b) for a, b in _pairs(list(found))},
+        {f"{name_of(a)} minus {name_of(b)}": cell(a, b) for a, b in _pairs(measured)},
+        _notes(measured),
     )
 
 
 def _retrieval(gathered: Gathered) -> Table | None:
-    measured = _measured(gathered.of("retrieval"))
+    measured = measured_by_series(gathered.of("retrieval"))
     tasks = list(dict.fromkeys(each.condition["task"] for own in measured.values() for each in own))
     contexts = sorted({each.condition["context"] for own in measured.values() for each in own})
     rows = [
-        [f"{task}, {a} minus {b}", *(_retrieval_cell(measured[a], measured[b], task, context) for context in contexts)]
+        [f"{task}, {name_of(a)} minus {name_of(b)}",
+         *(_retrieval_cell(measured[a], measured[b], task, context) for context in contexts)]
         for task in tasks
-        for a, b in _pairs(list(measured))
-    ]
+        for a, b in _pairs(measured)
+    ]  # fmt: skip
     rows = [row for row in rows if any(cell != MISSING for cell in row[1:])]
     if not rows:
         return None
@@ -108,57 +96,47 @@ def _retrieval(gathered: Gathered) -> Table | None:
         ["task and pair", *(f"{context:,} tokens" for context in contexts)],
         rows,
         text_columns=None,
+        notes=_notes(measured),
     )
 
 
 def _retrieval_cell(a: Sequence[Measured], b: Sequence[Measured], task: str, context: int) -> str:
     left, right = ([each for each in own if (each.condition["task"], each.condition["context"]) == (task, context)]
                    for own in (a, b))  # fmt: skip
-    if not left or not right:
-        return MISSING
-    reason = differing_protocol(left[0].record, right[0].record, task)
-    depths, others = ({each.condition.get("depth") for each in own} for own in (left, right))
-    if reason is None and depths != others:
-        reason = "depths"
-    if reason is not None:
-        return f"not comparable: {reason} differ"
-    one, other = (pooled([each.condition for each in own]) for own in (left, right))
-    shown = _shown(accuracy_difference(one, other), 1, scale=100)
+    found = retrieval_difference(left, right, task)
+    if found is None or isinstance(found, str):
+        return found or MISSING
+    one, other = pooled([each.condition for each in left]), pooled([each.condition for each in right])
+    shown = _shown(found, 1, scale=100)
     return f"{shown}; {one.right:g} of {one.samples} against {other.right:g} of {other.samples}"
 
 
 def _longbench(gathered: Gathered) -> Table | None:
-    found = {name: {each.condition["dataset"]: each for each in own}
-             for name, own in _measured(gathered.of("longbench")).items()}  # fmt: skip
+    measured = measured_by_series(gathered.of("longbench"))
     rows = []
-    for a, b in _pairs(list(found)):
-        common = [name for name in found[a] if name in found[b]]
-        if not common:
-            continue
-        reasons = {differing_protocol(found[a][name].record, found[b][name].record, name) for name in common} - {None}
-        if reasons:
-            rows.append([f"{a} minus {b}", f"not comparable: {min(map(str, reasons))} differ", MISSING, MISSING])
-            continue
-        each = {name: found[a][name].condition["score"] - found[b][name].condition["score"] for name in common}
-        least, most = min(each, key=each.__getitem__), max(each, key=each.__getitem__)
-        rows.append([f"{a} minus {b}", f"{signed(fmean(each.values()), 2)} over {len(each)} data sets",
-                     f"{signed(each[least], 2)} ({least})", f"{signed(each[most], 2)} ({most})"])  # fmt: skip
+    for a, b in _pairs(measured):
+        name, found = f"{name_of(a)} minus {name_of(b)}", score_differences(measured[a], measured[b])
+        if isinstance(found, str):
+            rows.append([name, found, MISSING, MISSING])
+        elif found:
+            least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+            rows.append([name, f"{signed(fmean(found.values()), 2)} over {len(found)} data sets",
+                         f"{signed(found[least], 2)} ({least})", f"{signed(found[most], 2)} ({most})"])  # fmt: skip
     columns = ["pair", "mean", "the least", "the most"]
     caption = "Difference in LongBench scores, points: first minus second (no interval: the data sets are the same)."
-    return Table(caption, columns, rows, text_columns=None) if rows else None
+    return Table(caption, columns, rows, text_columns=None, notes=_notes(measured)) if rows else None
 
 
 def _lm(gathered: Gathered) -> Table | None:
-    found: dict[str, dict[str, dict[str, Any]]] = {
-        name: {f"{each.condition['task_name']}, {each.condition['metric']}": each.condition for each in own}
-        for name, own in _measured(gathered.of("lm")).items()
-    }
+    measured = measured_by_series(gathered.of("lm"))
+    found = {key: {f"{each.condition['task_name']}, {each.condition['metric']}": each for each in own}
+             for key, own in measured.items()}  # fmt: skip
 
-    def cell(a: str, b: str) -> Callable[[str], str]:
+    def cell(a: Key, b: Key) -> Callable[[str], str]:
         def at(column: str) -> str:
             if column not in found[a] or column not in found[b]:
                 return MISSING
-            return _shown(value_difference(found[a][column], found[b][column]), 4)
+            return _shown(task_difference(found[a][column], found[b][column]), 4)
 
         return at
 
@@ -166,7 +144,8 @@ def _lm(gathered: Gathered) -> Table | None:
         "Difference in tasks of lm-evaluation-harness: first minus second, with a 95 % interval as if the samples were "
         f"independent (too wide: they are the same). {_WORDS}",
         list(dict.fromkeys(column for own in found.values() for column in own)),
-        {f"{a} minus {b}": cell(a, b) for a, b in _pairs(list(found))},
+        {f"{name_of(a)} minus {name_of(b)}": cell(a, b) for a, b in _pairs(measured)},
+        _notes(measured),
     )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 from hici.eval.labels import NOT_CAUSAL, attention_label
 from hici.report.figures import tokens
 from hici.report.gather import Gathered, Result
-from hici.report.numbers import MISSING, fixed, percent
+from hici.report.numbers import MISSING, fixed, listing, percent
 from hici.report.page import Block, Table, Text
 from hici.report.runs import RunLog
 from hici.report.section import Section
+from hici.report.verdicts import verdict_table
 
 NOT_CAUSAL_NOTE = (
     f"({NOT_CAUSAL}): with this visibility a token sees a summary of its own future. Such a number says how well the "
@@ -25,11 +26,25 @@ Row = tuple[str, str]  # label, attention
 def _draw(gathered: Gathered) -> list[Block]:
     blocks: list[Block] = []
     if gathered.results:
-        blocks += [_compared(gathered), _numbers(gathered)]
+        verdicts = verdict_table(gathered)
+        blocks += [*([verdicts] if verdicts else []), _compared(gathered), _numbers(gathered)]
+        blocks += [Text(note, "note") for note in _same_weights(gathered)]
     if any(not condition["causal"] for result in gathered.results for condition in result.record["conditions"]):
         blocks.append(Text(NOT_CAUSAL_NOTE, "note"))
     blocks += [Text(_training_note(run), "note") for run in gathered.runs if run.leaks_future]
     return blocks
+
+
+def _same_weights(gathered: Gathered) -> list[str]:
+    """Runs that measured the same model."""
+    found: dict[str, list[str]] = {}
+    for result in gathered.results:
+        model = result.record["model"] or {}
+        if model.get("base_fingerprint"):
+            weights = repr((model["base_fingerprint"], sorted((model.get("adapter_sha256") or {}).items())))
+            labels = found.setdefault(weights, [])
+            labels += [] if result.label in labels else [result.label]
+    return [f"{listing(labels)} measured the same weights." for labels in found.values() if len(labels) > 1]
 
 
 def _training_note(run: RunLog) -> str:

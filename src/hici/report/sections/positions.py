@@ -49,4 +49,4 @@ def _table(series: Sequence[Series]) -> Table:
     return Table("Loss by position", columns, rows)
 
 
-SECTION = Section(30, "Loss by position", lambda gathered: bool(gathered.of("perplexity", "position")), _draw)
+SECTION = Section(30, "Loss by position", lambda gathered: "position" in gathered.protocols("perplexity"), _draw)

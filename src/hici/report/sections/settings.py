@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from hici.eval.labels import attention_label
 from hici.report.flat import flatten, shortened
 from hici.report.gather import Gathered
 from hici.report.numbers import MISSING
@@ -16,8 +19,12 @@ def _labels(gathered: Gathered) -> list[str]:
 
 
 def settings_by_run(gathered: Gathered) -> dict[str, dict[str, list[str]]]:
-    """{setting: {run: its values}}: of the model and the provenance, and of every task's protocol, data and seed."""
+    """{setting: {run: its values}}: of the model, the provenance, and every task's protocol, segments, data and seed.
+
+    A run that measured a setting's task without the setting has no value of it: [].
+    """
     found: dict[str, dict[str, list[str]]] = {}
+    measured: dict[str, set[str]] = {}  # run: of what it has settings
     for result in gathered.results:
         record = result.record
         flat = {} if record["model"] is None else flatten(record["model"], "model")
@@ -25,18 +32,41 @@ def settings_by_run(gathered: Gathered) -> dict[str, dict[str, list[str]]]:
         task = f"{record['task']}, {record['protocol'].get('name')}"
         for name, depth in (("protocol", 2), ("data", 1), ("seed", 1)):
             flat |= {f"{task}: {key}": value for key, value in flatten(record[name], name, depth).items()}
+        flat |= {f"{task}: segment_size in {label}": sizes for label, sizes in _segment_sizes(record).items()}
+        measured.setdefault(result.label, set()).update(map(_owner, flat))
         for key, value in flat.items():
             values = found.setdefault(key, {}).setdefault(result.label, [])
             if key not in _LEFT_OUT and value not in values:
                 values.append(value)
+    for key, by_run in found.items():
+        for label, owners in measured.items():
+            if _owner(key) in owners and not key.startswith(("model", "provenance")):
+                by_run.setdefault(label, [])
     return found
+
+
+def _owner(setting: str) -> str:
+    """ "model", "provenance", or a task and its protocol; a segment size also belongs to an attention."""
+    task, colon, name = setting.partition(": ")
+    if not colon:
+        return setting.partition(".")[0]
+    return setting if name.startswith("segment_size in") else task
+
+
+def _segment_sizes(record: dict[str, Any]) -> dict[str, str]:
+    """{attention: sizes}, where there are segments."""
+    sizes: dict[str, set[int]] = {}
+    for condition in record["conditions"]:
+        if condition.get("segment_size") is not None:
+            sizes.setdefault(attention_label(condition), set()).add(condition["segment_size"])
+    return {attention: ", ".join(map(str, sorted(found))) for attention, found in sizes.items()}
 
 
 def _draw(gathered: Gathered) -> list[Block]:
     labels = _labels(gathered)
     rows: list[list[str | Cell]] = []
     for setting, by_run in settings_by_run(gathered).items():
-        whole = {label: " / ".join(values) for label, values in by_run.items()}
+        whole = {label: " / ".join(values) or MISSING for label, values in by_run.items()}
         shared = len(by_run) == len(labels) or setting.startswith(("model", "provenance"))
         of_same_task = [whole[label] for label in labels if label in whole]
         if len(set(of_same_task)) > 1 or (shared and any(len(values) > 1 for values in by_run.values())):
@@ -48,7 +78,7 @@ def _draw(gathered: Gathered) -> list[Block]:
 
 
 def _cell(text: str | None) -> str | Cell:
-    return MISSING if text is None else shortened(text)
+    return MISSING if text in (None, MISSING) else shortened(text)
 
 
 def _applies(gathered: Gathered) -> bool:

@@ -6,7 +6,7 @@ from hici.report.gather import Gathered
 from hici.report.numbers import MISSING
 from hici.report.page import Block, Figure, Table
 from hici.report.section import Section
-from hici.report.training import run_facts, smoothed, smoothing_window, training_figure
+from hici.report.training import name_of, run_facts, smoothed, smoothing_window, training_figure
 
 
 def _draw(gathered: Gathered) -> list[Block]:
@@ -41,7 +41,7 @@ def _table(gathered: Gathered) -> Table:
         steps, losses = run.points("loss")
         means = smoothed(losses, smoothing_window(len(losses)))
         chosen = sorted({round(i * (len(steps) - 1) / 19) for i in range(20)}) if steps else []
-        rows += [[run.label, f"{steps[i]:,}", f"{losses[i]:.4f}", f"{means[i]:.4f}"] for i in chosen]
+        rows += [[name_of(run), f"{steps[i]:,}", f"{losses[i]:.4f}", f"{means[i]:.4f}"] for i in chosen]
     return Table(
         "Loss at up to 20 steps of each run (metrics.jsonl has all)", ["run", "step", "loss", "mean around it"], rows
     )
