@@ -95,7 +95,7 @@ def load(args: argparse.Namespace, attentions: list[str]) -> Loaded:
         slots=not args.no_slots,
     )
     tokenizer = load_tokenizer(args, kind)
-    return Loaded(model, tokenizer, _describe(args, model, kind))
+    return Loaded(model, tokenizer, _describe(args, model, kind) | hici_facts(model, attentions))
 
 
 def expand_home(args: argparse.Namespace, *names: str) -> None:
@@ -159,9 +159,16 @@ def _check_segment_flags(args: argparse.Namespace, attentions: list[str]) -> Non
         raise ValueError(f"--visibility {args.visibility} with --no-slots: there is no slot to see; drop one of them")
 
 
+def hici_facts(model: Any, attentions: list[str]) -> dict[str, Any]:
+    """What a result says of HiCI's settings: nothing where no attention uses them."""
+    from hici.models.lookup import hici_config
+
+    return {"hici": None if all(mode == "full" for mode in attentions) else hici_config(model).to_dict()}
+
+
 def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]:
     from hici.models.fingerprint import base_fingerprint, model_fingerprint
-    from hici.models.lookup import get_causal_lm, get_decoder, hici_config, is_attached
+    from hici.models.lookup import get_causal_lm, get_decoder, is_attached
 
     lm = get_causal_lm(model)
     attached = is_attached(model)
@@ -170,12 +177,12 @@ def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]
         "kind": kind,
         "base_model": lm.config.name_or_path,
         "base_fingerprint": get_decoder(model).hici_attached.base_fingerprint if attached else base_fingerprint(lm),
-        "fingerprint": model_fingerprint(model),
+        # the HiCI modules of a plain model that was cut into segments are random, and not used
+        "fingerprint": model_fingerprint(model, hici_modules=kind != "plain"),
         "adapter_sha256": _adapter_hashes(args.model) if kind == "adapter" else None,
         "model_type": lm.config.model_type,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": lm.device.type,  # without its number, which differs between processes
-        "hici": hici_config(model).to_dict() if attached else None,
         "max_position_embeddings": lm.config.max_position_embeddings,
         "rope_parameters": dict(lm.config.rope_parameters),
     }

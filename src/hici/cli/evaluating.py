@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hici.cli.common import ATTENTIONS, Loaded, add_model_flags, add_segment_flags, load
+from hici.cli.common import ATTENTIONS, Loaded, add_model_flags, add_segment_flags, hici_facts, load
 from hici.processes import local_rank, rank, world_size
 
 RESUME_NOTES = """\
@@ -69,10 +69,24 @@ def load_for_evaluation(args: argparse.Namespace, longest: int | None) -> Loaded
     """
     ready: Loaded | None = getattr(args, "loaded", None)
     if ready is not None:
-        return ready
+        return ready._replace(about=ready.about | hici_facts(ready.model, args.attention))
     if world_size() > 1 and args.device in ("auto", "cuda"):
         args.device = f"cuda:{local_rank()}" if _cuda() else "cpu"
-    return extend_to(args, load(args, args.attention), longest)
+    loaded = load(args, args.attention)
+    return extend_to(args, loaded._replace(about=loaded.about | _identity(loaded)), longest)
+
+
+def _identity(loaded: Loaded) -> dict[str, Any]:
+    """What tells these weights and this tokenizer from all others, so that no result of others is taken over."""
+    from hici.data.encoder import tokenizer_sha256
+    from hici.models.fingerprint import weights_checksum
+    from hici.models.lookup import get_causal_lm
+
+    return {
+        "weights_checksum": weights_checksum(loaded.model, hici_modules=loaded.about["kind"] != "plain"),
+        "tokenizer_sha256": tokenizer_sha256(loaded.tokenizer),
+        "end_token_id": get_causal_lm(loaded.model).generation_config.eos_token_id,
+    }
 
 
 def extend_to(args: argparse.Namespace, loaded: Loaded, longest: int | None) -> Loaded:
