@@ -20,11 +20,16 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, result_name: str, *, p
     add_segment_flags(parser)
     group = parser.add_argument_group("attention and positions")
     group.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full"], help="default full")
+    add_rope_flags(group)
+    add_output_flags(parser, result_name, picture=picture)
+
+
+def add_rope_flags(group: Any) -> None:
+    """--rope and --allow-beyond-rope."""
     group.add_argument("--rope", choices=("none", "auto", "linear", "yarn"), default="none", help="extend the rope so "
                        "to the longest context, once, for all contexts of the run; auto: linear, or the kind by which "
                        "the model is scaled already")  # fmt: skip
     group.add_argument("--allow-beyond-rope", action="store_true", help="permit contexts beyond the rope settings")
-    add_output_flags(parser, result_name, picture=picture)
 
 
 def add_output_flags(parser: argparse.ArgumentParser, result_name: str, *, picture: bool = True) -> None:
@@ -118,8 +123,18 @@ def extend_to(args: argparse.Namespace, loaded: Loaded, longest: int | None) -> 
     return loaded._replace(about=about | {"rope": rope})
 
 
+class OnlyPlannedError(Exception):
+    """A verb has come to where it would measure, and `args.only_plan` is set: nothing was in its way."""
+
+
 def measure_with_bar(args: argparse.Namespace, plan: Any, target: Path | None, what: str) -> dict[str, Any]:
-    """`hici.eval.measure.measure` with a bar on the first process's stderr."""
+    """`hici.eval.measure.measure` with a bar on the first process's stderr.
+
+    Raises:
+        OnlyPlannedError: with `args.only_plan` (`hici eval all`, which makes all plans before anything is measured).
+    """
+    if getattr(args, "only_plan", False):
+        raise OnlyPlannedError
     from hici.eval.measure import measure
     from hici.report.progress import progress_bar
 
