@@ -126,6 +126,21 @@ def test_files_of_others_are_not_touched(tmp_path):
         measure(plan(), tmp_path / "b.json")
 
 
+def test_a_damaged_journal_or_result_is_not_taken_over(tmp_path):
+    with pytest.raises(StoppedError):
+        measure(plan("part 2"), tmp_path / "a.json")
+    journal = tmp_path / "a.partial-0.jsonl"
+    journal.write_text("[1]\n" + journal.read_text().split("\n", 1)[1])
+    with pytest.raises(ValueError, match=r"is damaged \(its first line is no object\); delete it, or give --overwrite"):
+        measure(plan(), tmp_path / "a.json")
+    result = measure(plan(), tmp_path / "b.json")
+    del result["conditions"]
+    (tmp_path / "b.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"b\.json lacks conditions, so it is damaged; .* \(--overwrite\)"):
+        measure(plan(), tmp_path / "b.json")
+    assert "conditions" in measure(plan(), tmp_path / "b.json", overwrite=True)
+
+
 def test_neighbours_with_like_names_keep_their_journals(tmp_path):
     for name in ("ppl.json", "ppl-strict.json"):
         with pytest.raises(StoppedError):

@@ -37,7 +37,8 @@ def add_output_flags(parser: argparse.ArgumentParser, result_name: str, *, pictu
     output = parser.add_argument_group("output")
     beside = ", and a picture (.png) beside it" if picture else ""
     output.add_argument("--out", metavar="DIR|FILE.json", help=f"JSON{beside}; DIR: {result_name}.json in it")
-    output.add_argument("--overwrite", action="store_true", help="measure anew and replace files that exist")
+    output.add_argument("--overwrite", action="store_true", help="measure anew and replace files that exist; given "
+                        "again after a kill, it begins anew again")  # fmt: skip
 
 
 def check_evaluation(args: argparse.Namespace, **once: list[Any]) -> None:

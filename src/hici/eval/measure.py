@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hici.eval.results import SCHEMA, is_result
+from hici.eval.results import SCHEMA, check_whole, is_result
 from hici.files import append_line, check_writable, read_json, split_torn, write_json
 from hici.processes import everyones, join_processes, only_run_in, rank, world_size
 from hici.provenance import provenance
@@ -185,6 +185,7 @@ def _finished(target: Path, header: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{target} exists and is no result; nothing is overwritten silently: give another --out or "
                          "--overwrite")  # fmt: skip
     _check_same(target, result, header)
+    check_whole(target, result)
     return dict(result)
 
 
@@ -199,6 +200,8 @@ def _read_journal(path: Path, header: dict[str, Any]) -> dict[str, Any]:
             path.unlink()
             return {}
         values = {entry["part"]: entry["value"] for entry in entries[1:]}
+        if not isinstance(entries[0], dict):
+            raise TypeError("its first line is no object")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, or give --overwrite to measure all anew") from error
     _check_same(path, entries[0], header)
