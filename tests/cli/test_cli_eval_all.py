@@ -82,7 +82,7 @@ def test_what_is_run_can_be_run_alone(suite, adapter_directory, tmp_path, hici_c
     out = tmp_path / "out"
     whole = numbers(out)
     assert list(whole) == QUICK
-    assert "left out: retrieval, LongBench and lm tasks in attention hici_s2, which does not generate" in done.out
+    assert "left out: retrieval, LongBench and lm tasks in attention hici_s2, which is for training and" in done.out
     assert [c["context"] for c in whole["ppl-strict.json"]["conditions"]] == [250] * 3 + [300] * 3
     assert [c["attention"] for c in whole["ppl-position.json"]["conditions"]] == ["full", "hici", "hici_s2"]
     assert {c["attention"] for c in whole["retrieval.json"]["conditions"]} == {"full", "hici"}
@@ -239,7 +239,11 @@ def test_every_flag_of_a_suite_reaches_its_verbs(monkeypatch, text_file, tmp_pat
         ("adapter", ["--lengths", 250, 250], "--lengths 250 250 names one twice"),
         ("adapter", ["--lengths", 250, "--longbench", "/no/such"], "/no/such does not exist"),
         ("adapter", ["--lengths", 250, "--longbench", "LONG"], "answers take up to 512 tokens"),
-        ("adapter", ["--lengths", 250, "--attention", "hici_s2", "--lm-tasks", "x"], "hici_s2 does not generate"),
+        (
+            "adapter",
+            ["--lengths", 250, "--attention", "hici_s2", "--lm-tasks", "x"],
+            "hici_s2 is for training and perplexity",
+        ),
         ("adapter", ["--lengths", 250, "--seed", -1], "seed=-1 is below 0"),
         ("adapter", ["--lengths", 250, "--out", "a.json"], "--out a.json: a suite writes several results; give a dir"),
         ("adapter", ["--lengths", 250, "--visibility", "past"], "--visibility changes nothing in attention full"),

@@ -86,6 +86,7 @@ def test_cases_of_a_file_and_those_left_out(base_directory, tmp_path, hici_comma
         (["--tasks", "passkey", "passkey"], "task passkey is given twice"),
         (["--lengths", 100], "length 100 is too short for task passkey: without any filler"),
         (["--depths", "0"], "a whole number is how many depths, at least 1; give 0.0 for the beginning"),
+        (["--depths", "20000"], "20000 depths are not in 1..1000"),
         (["--depths", "0.5", "2"], "depth 2 is not in 0..1"),
         (["--depths", "half"], "could not convert string to float: 'half'; give how many (10), or fractions"),
         (["--samples", 0], "samples=0 is below 1"),

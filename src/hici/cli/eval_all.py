@@ -112,10 +112,10 @@ def suite_commands(
         answers = ["--attention", *answering, *_loading_flags(args), *_segment_flags(args, answering), *out]
         commands += _answering_commands(args, suite, words, rope, answers)
     elif args.longbench or args.lm_tasks:
-        raise ValueError("--longbench and --lm-tasks are for attention full and hici, since hici_s2 does not generate; "
-                         "add one of them, or drop them")  # fmt: skip
+        raise ValueError("--longbench and --lm-tasks are for attention full and hici, since hici_s2 is for training "
+                         "and perplexity; add one of them, or drop them")  # fmt: skip
     if len(answering) < len(args.attention):
-        left_out.append("retrieval, LongBench and lm tasks in attention hici_s2, which does not generate")
+        left_out.append("retrieval, LongBench and lm tasks in attention hici_s2, which is for training and perplexity")
     if inspected and "hici" in args.attention:
         commands.append(["inspect", args.model, *data, "--context", words[-1], *rope, *_loading_flags(args),
                          *_segment_flags(args, ["hici"]), *out])  # fmt: skip

@@ -49,7 +49,7 @@ class Cell:
     def part(self, attention: str, sample: int) -> str:
         """The name of one part."""
         of = self.facts.get("cases", self.context)
-        depth = "" if self.depth is None else f" depth {self.depth:g}"
+        depth = "" if self.depth is None else f" depth {float(self.depth)}"  # all places: no two parts of one name
         return f"{attention} {self.task.name} {of}{depth} sample {sample}"
 
 
