@@ -194,6 +194,7 @@ def test_the_full_suite(suite, empty_pictures, adapter_directory, tmp_path):
     assert results["retrieval.json"]["seed"] == 7
     assert not any(c["causal"] for record in results.values() for c in record["conditions"])
     assert "not causal" in (tmp_path / "out" / "report" / "index.html").read_text()
+    assert done.err.count("the slots that a token sees summarise its own future") == 1  # of inspect, told once
     before = content(tmp_path / "out")
     done = suite(adapter_directory, *flags, "--seed", 8, data=text)
     assert done.status == 2

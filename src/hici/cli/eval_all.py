@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
     lengths = sorted(args.lengths or default_lengths(suite, get_causal_lm(loaded.model).config.max_position_embeddings))
     loaded = extend_to(args, loaded, lengths[-1])
     commands, left_out = suite_commands(args, suite, lengths, inspected=_can_be_inspected(loaded.model, lengths[-1]))
-    for command in commands:  # what cannot be is told before anything is measured
-        _run_verb(command, loaded, only_plan=True)
+    with _no_warnings():  # which come when it is measured
+        for command in commands:  # what cannot be is told before anything is measured
+            _run_verb(command, loaded, only_plan=True)
     set_attention(loaded.model, "full")
     if is_first_process():
         for each in left_out:
@@ -198,6 +201,18 @@ def _segment_flags(args: argparse.Namespace, attentions: list[str]) -> list[str]
 def _flag(name: str, value: Any, default: Any = None) -> list[str]:
     """--name value, where it is not the default."""
     return [] if value == default else [f"--{name.replace('_', '-')}", str(value)]
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Context: hici logs errors only."""
+    logger = logging.getLogger("hici")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _run_verb(command: list[str], loaded: Loaded | None, *, only_plan: bool = False) -> None:
