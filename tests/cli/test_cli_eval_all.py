@@ -1,10 +1,8 @@
 """`hici eval all`: both suites, going on after an interruption, its printed commands alone, rope, and its refusals."""
 
-import io
 import json
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from matplotlib.figure import Figure
 from test_cli_longbench import write_data
 
 from conftest import sentences
-from hici.cli.main import parse
+from hici.cli.main import main, parse
 from hici.cli.suites import SUITES, default_lengths
 from hici.eval import protocols
 from hici.eval.results import read_result
@@ -53,16 +51,14 @@ def small_suites():
         yield
 
 
+def save_nothing(figure, target, **kwargs):
+    """Instead of a picture, which takes longer than all else in a small suite."""
+    image.imsave(target, np.zeros((2, 2, 3)), format="png")
+
+
 @pytest.fixture
 def empty_pictures(monkeypatch):
-    """Pictures take most of a small suite's time."""
-
-    def save(figure, target, **kwargs):
-        small = io.BytesIO()
-        image.imsave(small, np.zeros((2, 2, 3)), format="png")
-        target.write(small.getvalue()) if hasattr(target, "write") else Path(target).write_bytes(small.getvalue())
-
-    monkeypatch.setattr(Figure, "savefig", save)
+    monkeypatch.setattr(Figure, "savefig", save_nothing)
 
 
 @pytest.fixture
@@ -75,24 +71,23 @@ def suite(small_suites, text_file, tmp_path, hici_command):
     return run
 
 
-def test_what_is_run_can_be_run_alone(suite, adapter_directory, tmp_path, hici_command, request):
-    flags = ["--lengths", 300, 250, "--attention", "full", "hici", "hici_s2", BEYOND, "--segment-size", 24]
+def test_what_is_run_can_be_run_alone(suite, empty_pictures, adapter_directory, tmp_path, hici_command):
+    flags = ["--lengths", 250, "--attention", "full", "hici", "hici_s2", BEYOND, "--segment-size", 24]
     done = suite(adapter_directory, *flags)
     assert done.status == 0, done.err
     out = tmp_path / "out"
     whole = numbers(out)
     assert list(whole) == QUICK
     assert "left out: retrieval, LongBench and lm tasks in attention hici_s2, which is for training and" in done.out
-    assert [c["context"] for c in whole["ppl-strict.json"]["conditions"]] == [250] * 3 + [300] * 3
+    assert [c["context"] for c in whole["ppl-strict.json"]["conditions"]] == [250] * 3
     assert [c["attention"] for c in whole["ppl-position.json"]["conditions"]] == ["full", "hici", "hici_s2"]
     assert {c["attention"] for c in whole["retrieval.json"]["conditions"]} == {"full", "hici"}
-    assert whole["inspect.json"]["conditions"][0]["segments"] == 13
+    assert whole["inspect.json"]["conditions"][0]["segments"] == 11
     *commands, report = printed_commands(done.out)
     assert report == ["report", str(out)]
     page = (out / "report" / "index.html").read_text()
     assert all(each in page for each in ("perplexity", "passkey", "global slots"))
     assert len(list((out / "report").rglob("*.png"))) >= 4
-    request.getfixturevalue("empty_pictures")
     for command in commands:
         alone = hici_command(*[tmp_path / "alone" if word == str(out) else word for word in command])
         assert alone.status == 0, alone.err
@@ -105,12 +100,25 @@ def test_what_is_run_can_be_run_alone(suite, adapter_directory, tmp_path, hici_c
     assert (content(out), again.out) == (before, done.out)
 
 
+INTERRUPTED = ["--lengths", 250, "--attention", "full", "hici", BEYOND]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_suites, adapter_directory, text_file, tmp_path_factory):
+    """The numbers of a suite that nothing has stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_nothing)
+        words = ["eval", "all", adapter_directory, "--data", text_file, *INTERRUPTED, "--out", out]
+        assert main([str(word) for word in words]) == 0
+    return numbers(out)
+
+
 # of strict four windows in each of two attentions, of position three; of passkeys two depths
 @pytest.mark.parametrize("module, name, at", [(protocols, "window_losses", 10), (retrieval, "answer_prompt", 3)])
 def test_an_interrupted_suite_goes_on(
-    module, name, at, suite, empty_pictures, adapter_directory, tmp_path, monkeypatch
+    module, name, at, suite, empty_pictures, uninterrupted, adapter_directory, tmp_path, monkeypatch
 ):
-    flags = ["--lengths", 250, "--attention", "full", "hici", BEYOND]
     measured, calls = getattr(module, name), []
 
     def counted(*args, **kwargs):
@@ -120,32 +128,30 @@ def test_an_interrupted_suite_goes_on(
         return measured(*args, **kwargs)
 
     monkeypatch.setattr(module, name, counted)
-    stopped = suite(adapter_directory, *flags)
+    stopped = suite(adapter_directory, *INTERRUPTED)
     assert (stopped.status, len(calls)) == (130, at)
     out = tmp_path / "out"
     half = content(out)
     assert 0 < len(half) < len(QUICK)
     assert len(list(out.glob("*.partial-0.jsonl"))) == 1
     assert not (out / "report").exists()
-    done = suite(adapter_directory, *flags)
+    done = suite(adapter_directory, *INTERRUPTED)
     assert done.status == 0, done.err
     assert done.err.count("holds this very measurement already") == len(half)
     assert "parts were measured before; going on" in done.err
     assert half.items() <= content(out).items()
     assert not list(out.glob("*.jsonl"))
-    monkeypatch.setattr(module, name, measured)
-    out.rename(tmp_path / "interrupted")
-    assert suite(adapter_directory, *flags).status == 0
-    assert numbers(tmp_path / "interrupted") == numbers(out)
+    assert numbers(out) == uninterrupted
 
 
 def test_rope_is_extended_once_and_said_to_be(suite, empty_pictures, adapter_directory, tmp_path, hici_command):
-    done = suite(adapter_directory, "--lengths", 250, 300, "--attention", "hici", "--rope", "auto", "--longbench",
+    done = suite(adapter_directory, "--lengths", 300, 250, "--attention", "hici", "--rope", "auto", "--longbench",
                  write_data(tmp_path / "longbench", hotpotqa=1, trec=1))  # fmt: skip
     assert done.status == 0, done.err
     out = tmp_path / "out"
     results = numbers(out)
     assert list(results) == sorted([*QUICK, "longbench.json"])
+    assert [c["context"] for c in results["ppl-strict.json"]["conditions"]] == [250, 300]
     for name, record in results.items():
         rope = record["model"]["rope"]
         assert (rope["extended"], rope["positions_before"], rope["positions"]) == ("linear", 128, 300), name
