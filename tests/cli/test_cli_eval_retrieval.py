@@ -72,6 +72,10 @@ def test_cases_of_a_file_and_those_left_out(base_directory, tmp_path, hici_comma
     refused = hici_command("eval", "retrieval", base_directory, "--cases", cases)
     assert refused.status == 2
     assert f"the longest, {cases}:2, takes" in refused.err
+    for flags in (["--rope", "auto"], ["--allow-beyond-rope"]):
+        refused = hici_command("eval", "retrieval", base_directory, "--cases", cases, *flags)
+        assert (refused.status, refused.out) == (2, "")
+        assert f"{flags[0]} changes nothing while cases are limited to the model's positions" in refused.err
     done = hici_command("eval", "retrieval", base_directory, "--cases", cases, "--skip-too-long", "--out", tmp_path)
     assert done.status == 0, done.err
     assert f"1 cases of {cases} are too long and left out." in done.out
