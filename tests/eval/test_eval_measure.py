@@ -10,6 +10,7 @@ import pytest
 
 from hici.eval.measure import Plan, check_target, measure
 from hici.eval.results import SCHEMA_VERSION, read_result
+from hici.processes import only_run_in
 
 PARTS = [f"part {i}" for i in range(7)]
 
@@ -161,6 +162,23 @@ def test_an_output_in_use_is_refused(tmp_path):
 
     measure(plan(measure_part=busy), tmp_path / "a.json")
     assert inner
+
+
+def test_every_process_is_told_what_the_first_one_has_found(tmp_path, monkeypatch):
+    """Or they would wait, and end with an error of the network."""
+    from hici.eval import measure as module
+
+    said = []
+    monkeypatch.setattr(module, "everyones", lambda value: said.append(value) or [value])
+    with only_run_in(tmp_path, ".a.json.lock"), pytest.raises(ValueError, match="another run is writing into"):
+        measure(plan(), tmp_path / "a.json")
+    assert len(said) == 1
+    assert "another run is writing into" in said[0]
+    monkeypatch.setattr(module, "rank", lambda: 1)
+    monkeypatch.setattr(module, "everyones", lambda value: [said[0], value])
+    with pytest.raises(ValueError, match="another run is writing into"):
+        measure(plan(), tmp_path / "b" / "a.json")
+    assert not (tmp_path / "b").exists()
 
 
 def test_nan_never_gets_into_a_result(tmp_path):
