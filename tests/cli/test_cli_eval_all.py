@@ -10,7 +10,6 @@ from matplotlib import image
 from matplotlib.figure import Figure
 from test_cli_longbench import write_data
 
-from conftest import sentences
 from hici.cli.main import main, parse
 from hici.cli.suites import SUITES, default_lengths
 from hici.eval import protocols
@@ -188,9 +187,9 @@ def test_segments_that_hold_a_whole_text_are_not_inspected(suite, empty_pictures
     assert (tmp_path / "out" / "report" / "index.html").is_file()
 
 
-def test_the_full_suite(suite, empty_pictures, adapter_directory, tmp_path):
+def test_the_full_suite(suite, empty_pictures, adapter_directory, text_file, tmp_path):
     text = tmp_path / "long.txt"
-    text.write_text(sentences(70, seed=2))
+    text.write_text(2 * text_file.read_text())
     flags = ["--suite", "full", "--lengths", 900, "--attention", "hici", "--visibility", "all", BEYOND]
     done = suite(adapter_directory, *flags, "--seed", 7, data=text)
     assert done.status == 0, done.err

@@ -30,12 +30,12 @@ def test_weights_that_differ_anywhere(copied, text_file, tmp_path, hici_command)
     assert hici_command(*ppl(copied, text_file, tmp_path / "out"), "--overwrite").status == 0
 
 
-@pytest.mark.parametrize("what", ["tokenizer_sha256", "end_token_id"])
+@pytest.mark.parametrize("what", ["tokenizer_fingerprint", "end_token_id"])
 def test_another_chat_template_and_another_end_of_text(what, copied, tmp_path, hici_command):
     arguments = ["eval", "retrieval", copied, "--chat", "--lengths", 500, "--depths", 1, "--samples", 1,
                  "--allow-beyond-rope", "--out", tmp_path / "out"]  # fmt: skip
     assert hici_command(*arguments).status == 0
-    if what == "tokenizer_sha256":
+    if what == "tokenizer_fingerprint":
         with (copied / "chat_template.jinja").open("a") as file:
             file.write("Answer: ")
     else:

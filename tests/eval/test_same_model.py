@@ -69,7 +69,7 @@ def test_another_tokenizer_asks_other_prompts(model, tmp_path):
     measure(plan("retrieval", model, "full"), tmp_path / "a.json")
     settings = Settings(("passkey",), (300,), (0.5,), samples=1)
     other = plan_retrieval(model, prompt_tokenizer(KINDS[1]), {"path": "mine"}, settings, ["full"])
-    with pytest.raises(ValueError, match=r"its model\.tokenizer_sha256 is"):
+    with pytest.raises(ValueError, match=r"its model\.tokenizer_fingerprint is"):
         measure(other, tmp_path / "a.json")
 
 

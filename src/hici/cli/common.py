@@ -95,7 +95,7 @@ def load(args: argparse.Namespace, attentions: list[str]) -> Loaded:
         slots=not args.no_slots,
     )
     tokenizer = load_tokenizer(args, kind)
-    return Loaded(model, tokenizer, _describe(args, model, kind) | hici_facts(model, attentions))
+    return Loaded(model, tokenizer, _describe(args, model, tokenizer, kind) | hici_facts(model, attentions))
 
 
 def expand_home(args: argparse.Namespace, *names: str) -> None:
@@ -166,7 +166,8 @@ def hici_facts(model: Any, attentions: list[str]) -> dict[str, Any]:
     return {"hici": None if all(mode == "full" for mode in attentions) else hici_config(model).to_dict()}
 
 
-def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, model: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    from hici.data.encoder import tokenizer_fingerprint
     from hici.models.fingerprint import base_fingerprint, model_fingerprint
     from hici.models.lookup import get_causal_lm, get_decoder, is_attached
 
@@ -177,9 +178,10 @@ def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]
         "kind": kind,
         "base_model": lm.config.name_or_path,
         "base_fingerprint": get_decoder(model).hici_attached.base_fingerprint if attached else base_fingerprint(lm),
-        # the HiCI modules of a plain model that was cut into segments are random, and not used
+        # a plain model has modules only for its modes without slots: drawn anew each time, and not used
         "fingerprint": model_fingerprint(model, hici_modules=kind != "plain"),
         "adapter_sha256": _adapter_hashes(args.model) if kind == "adapter" else None,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "model_type": lm.config.model_type,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": lm.device.type,  # without its number, which differs between processes

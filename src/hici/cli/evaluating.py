@@ -83,14 +83,12 @@ def load_for_evaluation(args: argparse.Namespace, longest: int | None) -> Loaded
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:
-    """What tells these weights and this tokenizer from all others, so that no result of others is taken over."""
-    from hici.data.encoder import tokenizer_sha256
+    """What tells these very weights from all others, so that no result of others is taken over."""
     from hici.models.fingerprint import weights_checksum
     from hici.models.lookup import get_causal_lm
 
     return {
         "weights_checksum": weights_checksum(loaded.model, hici_modules=loaded.about["kind"] != "plain"),
-        "tokenizer_sha256": tokenizer_sha256(loaded.tokenizer),
         "end_token_id": get_causal_lm(loaded.model).generation_config.eos_token_id,
     }
 

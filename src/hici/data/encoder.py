@@ -92,20 +92,24 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer, the format and the prompt: equal where the same input gives the same tokens."""
-        facts: dict[str, Any] = {"version": _VERSION, "format": self.data_format}
-        facts["tokenizer"] = _tokenizer_facts(self.tokenizer)
+        facts: dict[str, Any] = {
+            "version": _VERSION,
+            "format": self.data_format,
+            "tokenizer": _tokenizer_facts(self.tokenizer),
+        }
         if self.data_format == INSTRUCTION:
             facts |= {
                 "prompt": self.prompt,
                 "templates": TEMPLATES,
                 "chat_template": getattr(self.tokenizer, "chat_template", None),
             }
-        return _sha256(facts)
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Of all that decides which tokens a text or a conversation becomes: vocabulary, rules, chat template."""
-    return _sha256({**_tokenizer_facts(tokenizer), "chat_template": getattr(tokenizer, "chat_template", None)})
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the tokenizer and its chat template: equal where a text or conversation gives the same tokens."""
+    facts = {**_tokenizer_facts(tokenizer), "chat_template": getattr(tokenizer, "chat_template", None)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
@@ -120,7 +124,3 @@ def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
         return facts | {"backend": {k: v for k, v in backend.items() if k not in ("padding", "truncation")}}
     return facts | {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items()),
                     "settings": sorted(map(str, tokenizer.init_kwargs.items()))}  # fmt: skip
-
-
-def _sha256(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

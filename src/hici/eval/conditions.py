@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hici.core.segments import count_segments
-from hici.data.encoder import tokenizer_sha256
+from hici.data.encoder import tokenizer_fingerprint
 from hici.eval.labels import NOT_CAUSAL, attention_label
 from hici.models.fingerprint import weights_checksum
 from hici.models.lookup import FULL, HICI, attention_mode, get_causal_lm, hici_config
@@ -54,7 +54,7 @@ def describe_model(
     lm = get_causal_lm(model)
     config = None if all(attention == FULL for attention in attentions) else hici_config(model)
     slots = config is not None and HICI in attentions and bool(config.slots_in_use)
-    own = {} if tokenizer is None else {"tokenizer_sha256": tokenizer_sha256(tokenizer)}
+    own = {} if tokenizer is None else {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
     return own | {
         "weights_checksum": weights_checksum(model, hici_modules=slots),
         "dtype": str(lm.dtype).removeprefix("torch."),

@@ -5,7 +5,7 @@ A result is an object with
     task           "perplexity", "passkey", ...: what was measured
     protocol       how, exactly: {"name": ..., every setting that the numbers depend on}
     model          path, kind, base, fingerprint (of a sample of the weights), weights_checksum (of all of them),
-                   tokenizer_sha256, adapter_sha256, dtype, device, rope, ...; None: no model was used
+                   tokenizer_fingerprint, adapter_sha256, dtype, device, rope, ...; None: no model was used
     data           files, sha256, sizes; None: generated from the seed alone
     seed           None: nothing is drawn
     conditions     one entry for every attention (and length, ...): attention, visibility, causal, segment_size,
