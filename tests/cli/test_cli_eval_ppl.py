@@ -318,6 +318,17 @@ def test_a_token_file_with_ids_beyond_the_vocabulary(base_directory, stream, tmp
     assert "vocabulary" in done.err
 
 
+def test_the_same_command_again_is_the_same_measurement(base_directory, text_file, tmp_path, hici_command):
+    """Also where a plain model gets modules for its segments, which nothing reads: they are drawn anew each time."""
+    arguments = ["eval", "ppl", base_directory, "--data", text_file, "--context", 64, "--attention", "hici",
+                 "--no-slots", "--segment-size", 32, "--out", tmp_path]  # fmt: skip
+    first = hici_command(*arguments)
+    again = hici_command(*arguments)
+    assert (first.status, again.status) == (0, 0), again.err
+    assert "holds this very measurement already; nothing is measured again" in again.err
+    assert again.out == first.out
+
+
 def command_line(*arguments, processes=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *(launcher if processes > 1 else []), "-m", "hici", *map(str, arguments)]

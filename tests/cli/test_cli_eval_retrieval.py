@@ -156,11 +156,11 @@ def test_every_cell_of_the_heat_map_has_its_number_in_a_colour_to_be_read():
 
     cells = [_condition(depth, context, depth) for depth in (0.0, 0.5, 1.0) for context in (512, 1024)]
     _, axes = new_figure()
-    picture = report.heat_map(axes, cells[:-1], "passkey, full")
-    assert picture.get_array().shape == (3, 2)
-    assert picture.get_array().mask.sum() == 1  # what was not measured stays empty
+    report.heat_map(axes, cells[:-1], "passkey, full", 1)
+    assert axes.images[0].get_array().shape == (3, 2)
+    assert axes.images[0].get_array().mask.sum() == 1  # what was not measured is told from a zero
     assert [(text.get_text(), text.get_color()) for text in axes.texts] == [
-        ("0.00", "white"), ("0.00", "white"), ("0.50", "black"), ("0.50", "black"), ("1.00", "black"),
+        ("0", "white"), ("0", "white"), ("50", "black"), ("50", "black"), ("100", "black"), ("–", "black"),  # noqa: RUF001
     ]  # fmt: skip
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.00", "0.50", "1.00"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0 %", "50 %", "100 %"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["512", "1,024"]

@@ -1,5 +1,11 @@
 """The oracle of the strict protocol against a direct computation in float64, document by document."""
 
+import argparse
+import inspect
+import math
+import statistics
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("lm_eval")
@@ -7,7 +13,7 @@ pytest.importorskip("lm_eval")
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from harness_oracle import harness_model, harness_rolling_loss
 from helpers import tiny_model
@@ -92,3 +98,22 @@ def test_strict_perplexity_is_the_harness_s(model, bos, stride):
     ]
     assert condition["tokens_scored"] == counted == 66
     assert condition["mean_loss"] == pytest.approx(-score / counted, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [512, 2048])
+def test_strict_perplexity_of_smollm2_is_the_harness_s(context):
+    """Real weights and real text; after `make demo`, which fetches them."""
+    place = Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct"
+    if not place.is_dir():
+        pytest.skip(f"no {place}; `make demo` puts it there")
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    texts = [inspect.getsource(module)[:16_000] for module in (argparse, statistics)]
+    score, counted = harness_rolling_loss(model, tokenizer, texts, context)
+    documents = [Document(np.array(tokenizer.encode(text, add_special_tokens=False)), True) for text in texts]
+    text = make_text(documents, "strict", bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    (condition,) = measure(perplexity_plan(model, text, "strict", [context], ["full"], about={}))["conditions"]
+    assert condition["tokens_scored"] == counted > 3 * context
+    assert condition["mean_loss"] == pytest.approx(-score / counted, abs=1e-5)
+    assert condition["ppl"] == pytest.approx(math.exp(-score / counted), rel=1e-4)

@@ -175,7 +175,8 @@ def test_offloaded_checkpoints_on_the_device():
     offload_checkpoints(model)
     for _ in range(3):
         peak, gradients = _training_peak(model, ids)
-        assert plain - peak > (layers - 6) * tokens * width * 4
+        # not all of them: at the end of the backward pass, where the peak is now, the gradients of all layers stand
+        assert plain - peak > layers // 2 * tokens * width * 4
         for name, gradient in expected.items():  # the device's own sums differ from run to run
             assert relative(gradients[name], gradient) < 2e-3, name
 

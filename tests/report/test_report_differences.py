@@ -1,7 +1,6 @@
 """Differences between runs: their arithmetic, and what cannot be compared."""
 
 import copy
-import math
 
 import pytest
 
@@ -189,4 +188,15 @@ def test_settings_that_differ_and_only_those(tmp_path):
     same = copy.deepcopy(a)
     _, gathered = tables(tmp_path / "same", ("a", a), ("b", same))
     assert "agree in every setting" in settings.SECTION.draw(gathered)[0].text
-    assert not math.isnan(a["conditions"][0]["ppl"])
+
+
+def test_files_of_the_data_are_one_setting(tmp_path):
+    a, b = factory.scored_topics(), factory.scored_topics()
+    b["data"] = b["data"] | {"sha256": {"trec.jsonl": "cd" * 32, "lcc.jsonl": "ef" * 32}}
+    _, gathered = tables(tmp_path, ("a", a), ("b", b))
+    (table,) = settings.SECTION.draw(gathered)
+    ((name, *cells),) = table.rows
+    assert name == "score, topics: data.sha256"
+    assert [cell.full for cell in cells] == [
+        f'{{"trec.jsonl": "{"ab" * 32}"}}', f'{{"trec.jsonl": "{"cd" * 32}", "lcc.jsonl": "{"ef" * 32}"}}'
+    ]  # fmt: skip

@@ -39,6 +39,18 @@ def test_results_that_measure_the_same_or_are_of_other_models_are_named_after_th
     assert [label for label, _ in labels(both)] == ["same/a", "same/b", "other/base", "other/ours"]
 
 
+def test_a_plain_model_with_and_without_segments_is_one_run(tmp_path):
+    """Its fingerprint is another with (unused) HiCI modules in it; its base's is not."""
+    plain, cut = factory.model("base", adapter=False), factory.model("base", adapter=False)
+    cut["fingerprint"] = "sha256:" + "77" * 32
+    factory.write(tmp_path / "base" / "a.json", factory.perplexity(attentions=(factory.FULL,), about=plain))
+    factory.write(tmp_path / "base" / "b.json", factory.retrieval(about=cut))
+    assert [label for label, _ in labels(gather([tmp_path / "base"]))] == ["base", "base"]
+    cut["base_fingerprint"] = "sha256:" + "77" * 32
+    factory.write(tmp_path / "base" / "b.json", factory.retrieval(about=cut))
+    assert [label for label, _ in labels(gather([tmp_path / "base"]))] == ["a", "b"]
+
+
 def test_directories_of_one_name_are_told_apart_and_the_order_is_that_of_the_arguments(tmp_path):
     for place in ("x/eval", "a/eval"):
         factory.write(tmp_path / place / "ppl.json", factory.perplexity())

@@ -166,6 +166,31 @@ def test_every_text_is_escaped(tmp_path):
     assert text.count("&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&amp;amp;&#39;&#34;") >= 5
 
 
+def test_hashes_of_files_are_shortened_and_whole_below(tmp_path):
+    predictions = factory.scored_topics()
+    predictions["data"]["sha256"] = {"a.json": "aa" * 32, "b.json": "bb" * 32}
+    factory.write(tmp_path / "x" / "topics.json", predictions)
+    factory.write(tmp_path / "y" / "lm.json", factory.lm())
+    text = write_report(gather([tmp_path / "x", tmp_path / "y"]), tmp_path / "out").read_text()
+    shortened = {shown: attrs["title"] for attrs, shown in Page(text).of("abbr")}
+    assert shortened["a.json aaaaaaaaaaaa, and 1 more"] == f"a.json {'aa' * 32}, b.json {'bb' * 32}"
+    weights = f"hici_model.safetensors {'c4' * 6}, adapter_model.safetensors {'9e' * 6}"
+    assert shortened[weights] == f"hici_model.safetensors {'c4' * 32}, adapter_model.safetensors {'9e' * 32}"
+    assert shortened["a7" * 6] == "sha256:" + "a7" * 32
+    facts = [text for _, text in Page(text).of("dd")]
+    assert {"aa" * 32, "bb" * 32, "c4" * 32} <= set(facts)
+
+
+def test_values_that_are_no_numbers_and_which_way_is_better(tmp_path):
+    record = factory.lm()
+    record["conditions"][0] |= {"value": None, "text": "nan", "standard_error": None}
+    record["conditions"][2]["higher_is_better"] = False
+    factory.write(tmp_path / "x" / "lm.json", record)
+    text = re.sub(r"\s*<[^>]+>\s*", "|", write_report(gather([tmp_path / "x"]), tmp_path / "out").read_text())
+    assert "|arc_easy||acc,none||nan|" in text
+    assert "|hellaswag||acc_norm,none ↑||0.4301 ± 0.0049|" in text
+
+
 def test_blocks_become_their_html():
     table = Table("c<p", ["x", "y<"], [["a", Cell("short", "whole<")], ["b&", "2"]], notes=["n>"])
     blocks = [Text("one"), Text("two", "note"), Heading("h"), table, Facts("f", [("n", "v<")]),

@@ -11,12 +11,15 @@ from hici.report.page import Cell
 _HASH = re.compile(r"(sha256:)?([0-9a-f]{40,})(\+changes)?")
 
 
-def flatten(value: Any, name: str = "") -> dict[str, str]:
-    """{"model.rope.positions": "8192", ...}: dots between the names of objects, lists as JSON."""
-    if isinstance(value, dict) and value:
+def flatten(value: Any, name: str = "", depth: int = 9) -> dict[str, str]:
+    """{"model.rope.positions": "8192", ...}: dots between the names of objects, lists as JSON.
+
+    `depth`: objects below so many others are one JSON text.
+    """
+    if isinstance(value, dict) and value and depth > 0:
         flat: dict[str, str] = {}
         for key, each in value.items():
-            flat |= flatten(each, f"{name}.{key}" if name else str(key))
+            flat |= flatten(each, f"{name}.{key}" if name else str(key), depth - 1)
         return flat
     return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
 

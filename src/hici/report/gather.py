@@ -217,9 +217,10 @@ def _labelled(place: Path, names: dict[Path, str], files: list[tuple[Path, Path,
 
 
 def _model_key(record: dict[str, Any]) -> Hashable:
+    """What tells models apart. (The fingerprint of the whole also tells whether a plain one had segments.)"""
     model = record["model"]
     hashes = model.get("adapter_sha256") or {}
-    return (model.get("path"), model.get("fingerprint"), tuple(sorted(hashes.items())))
+    return (model.get("path"), model.get("base_fingerprint"), tuple(sorted(hashes.items())))
 
 
 def _measures(record: dict[str, Any]) -> set[Hashable]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hici.eval.conditions import attention_label
 from hici.eval.statistics import wilson_interval
+from hici.report.charts.heat import annotated_heat_map, label_cells
 from hici.report.figures import new_mosaic, save_figure
 from hici.report.tables import integer, interval
 
 GRID_DEPTHS = 6  # up to so many depths are columns of the table; of more the mean and the lowest are shown
 
-_DARK = 0.5  # cividis is dark below: white numbers there
 _NO_DEPTH = "no depth"
 _ROW, _FRAME, _LEAST_WIDTH = 0.36, 0.9, 5.5  # inches: a depth, what stands around a panel, a figure
 
@@ -66,36 +67,27 @@ def heat_maps(target: str | Path, record: dict[str, Any], title: str) -> Path:
     width = max(_LEAST_WIDTH, len(labels) * (1.8 + 0.75 * most))
     height = 0.7 + len(tasks) * _FRAME + sum(rows) * _ROW
     figure, axes = new_mosaic(panels, width=width, height=height, heights=[_FRAME + n * _ROW for n in rows])
-    image = None
     for task, cells in tasks.items():
         for label in labels:
             own = [c for c in cells if attention_label(c) == label]
-            image = heat_map(axes[f"{task}/{label}"], own, f"{task}, {label}")
-    figure.colorbar(image, ax=list(axes.values()), label="accuracy", shrink=0.8)
-    figure.suptitle(title, fontsize=11)
+            heat_map(axes[f"{task}/{label}"], own, f"{task}, {label}", len(labels))
+    figure.suptitle(f"{title}: percent correct", fontsize=11)
     return save_figure(figure, target)
 
 
-def heat_map(axis: Any, conditions: Sequence[dict[str, Any]], title: str) -> Any:
-    """One panel, of one task and attention, every cell with its number; returns the image (for a colour bar)."""
+def heat_map(axis: Any, conditions: Sequence[dict[str, Any]], title: str, panels: int) -> None:
+    """One panel of `panels` side by side, of one task and attention: percent correct, every cell with its number."""
     contexts = _contexts(conditions)
     depths: list[float | None] = [*depths_of(conditions)] or [None]
-    values = {(c["depth"], c["context"]): c["accuracy"] for c in conditions}
-    shown = [[values.get((depth, context), float("nan")) for context in contexts] for depth in depths]
-    image = axis.imshow(shown, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for row, line in enumerate(shown):
-        for column, value in enumerate(line):
-            if value == value:
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                          color="white" if value < _DARK else "black")  # fmt: skip
-    axis.grid(False)
-    axis.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts])
-    axis.set_yticks(range(len(depths)), [_NO_DEPTH if depth is None else f"{depth:.2f}" for depth in depths])
+    values = {(c["depth"], c["context"]): 100 * c["accuracy"] for c in conditions}
+    shown = [[values.get((depth, context), math.nan) for context in contexts] for depth in depths]
+    annotated_heat_map(axis, shown, low=0, high=100, narrow=False, panels=panels)
+    rows = [_NO_DEPTH if depth is None else f"{100 * depth:.0f} %" for depth in depths]
+    label_cells(axis, [f"{context:,}" for context in contexts], rows, narrow=False, panels=panels)
     axis.set_xlabel("length, tokens")
     if depths != [None]:
         axis.set_ylabel("depth")
     axis.set_title(title, fontsize=10)
-    return image
 
 
 def _lines(conditions: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:

@@ -19,7 +19,7 @@ def cost_figure(series: Sequence[Series], *, narrow: bool = False) -> Any:
     figure, (speed, memory) = new_panels(2, narrow=narrow, height=3.5, below=below)
     for axis, field, scale, title, unit in (
         (speed, "tokens_per_second", 1.0, "speed", "tokens a second"),
-        (memory, "peak_memory_bytes", 2**-30, "peak memory so far", "GiB"),
+        (memory, "peak_memory_bytes", 2**-30, "peak memory", "GiB"),
     ):
         for one in series:
             points = [point for point in by_context(one.entries) if point.get(field)]

@@ -38,14 +38,15 @@ def perplexity_figure(series: Sequence[Series], *, title: str = "", narrow: bool
     """
     figure, (axis,) = new_panels(1, narrow=narrow, height=4.2, below=legend_height(_names(series), narrow=narrow))
     shown = []
+    contexts = [point["context"] for one in series for point in one.entries]
     for i, one in enumerate(series):
         points = by_context(one.entries)
-        aside = 2 ** (0.05 * (i - (len(series) - 1) / 2))  # or the bars of one context hide each other
+        aside = beside(i, len(series), contexts)
         values = [point["ppl"] for point in points]
         bounds = [point.get("ppl_interval") or (value, value) for point, value in zip(points, values, strict=True)]
         error_line(axis, [point["context"] * aside for point in points], values, bounds, one)
         shown += values
-    context_ticks(axis, [point["context"] for one in series for point in one.entries])
+    context_ticks(axis, contexts)
     axis.set_ylabel("perplexity (bars: 95 % interval)")
     if max(shown) > 3 * min(shown):  # a model beyond its positions would press all else into one line
         plain_log_scale(axis)
@@ -81,6 +82,12 @@ def position_figure(series: Sequence[Series], *, title: str = "", narrow: bool =
     fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
     legend_below(figure, fullest, narrow=narrow)
     return figure
+
+
+def beside(number: int, count: int, contexts: Sequence[int]) -> float:
+    """The factor that moves line `number` of `count` to the side, or the bars of one context hide each other."""
+    octaves = max(1.0, math.log2(max(contexts) / min(contexts)))
+    return 2 ** (min(0.06, 0.022 * octaves) * (number - (count - 1) / 2))
 
 
 def error_line(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hici.report.charts.heat import annotated_heat_map, colour_bar, label_cells
-from hici.report.charts.perplexity import error_line
+from hici.report.charts.perplexity import beside, error_line
 from hici.report.figures import context_ticks, legend_below, legend_height, new_panels, panel_title, tokens
 from hici.report.series import Series, by_context
 
@@ -47,14 +47,15 @@ def accuracy_figure(tasks: Sequence[tuple[str, Sequence[Series]]], *, narrow: bo
     below = legend_height(names, narrow=narrow)
     figure, axes = new_panels(len(tasks), narrow=narrow, columns=2, height=3.3, below=below)
     for axis, (task, series) in zip(axes, tasks, strict=True):
+        contexts = [entry["context"] for one in series for entry in one.entries]
         for one in series:
             points = by_context(one.entries)
-            aside = 2 ** (0.06 * (names.index(one.name) - (len(names) - 1) / 2))
+            aside = beside(names.index(one.name), len(names), contexts)
             values = [100 * point["accuracy"] for point in points]
             bounds = [[100 * bound for bound in point.get("accuracy_interval") or [point["accuracy"]] * 2]
                       for point in points]  # fmt: skip
             error_line(axis, [point["context"] * aside for point in points], values, bounds, one)
-        context_ticks(axis, [entry["context"] for one in series for entry in one.entries])
+        context_ticks(axis, contexts)
         axis.set_ylim(-3, 103)
         axis.set_ylabel("correct, percent")
         panel_title(axis, task, narrow)

@@ -48,8 +48,8 @@ def _figure(protocol: str, series: Sequence[Series], where: str) -> Figure:
     return Figure(
         f"costs-{slug(protocol)}",
         draw,
-        f"Tokens read a second, and the process's peak memory up to then, in the measurement of perplexity (protocol "
-        f"{protocol}), {where}. Memory never falls within a run: only what comes first has its own.",
+        f"Tokens read a second, and the peak memory meanwhile, the model's weights in it, in the measurement of "
+        f"perplexity (protocol {protocol}), {where}.",
         f"Speed and memory against context, protocol {protocol}. " + " ".join(map(_sentence, series)),
         _table(protocol, series),
     )

@@ -96,10 +96,13 @@ def _short(value: Any) -> str | Cell:
 
 
 def _hashes(hashes: dict[str, str] | None) -> str | Cell:
+    """Of files: those of the weights, or the first, and how many more there are."""
     if not hashes:
         return MISSING
-    return Cell(", ".join(f"{name} {value[:12]}" for name, value in hashes.items()),
-                ", ".join(f"{name} {value}" for name, value in hashes.items()))  # fmt: skip
+    shown = [name for name in hashes if name.endswith((".safetensors", ".bin"))] or list(hashes)[:1]
+    text = ", ".join(f"{name} {hashes[name][:12]}" for name in shown)
+    more = f", and {len(hashes) - len(shown)} more" if len(hashes) > len(shown) else ""
+    return Cell(text + more, ", ".join(f"{name} {value}" for name, value in hashes.items()))
 
 
 def _rope(rope: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from hici.report.flat import flatten, shortened
 from hici.report.gather import Gathered
 from hici.report.numbers import MISSING
@@ -25,8 +23,8 @@ def settings_by_run(gathered: Gathered) -> dict[str, dict[str, list[str]]]:
         flat = {} if record["model"] is None else flatten(record["model"], "model")
         flat |= flatten(record["provenance"], "provenance")
         task = f"{record['task']}, {record['protocol'].get('name')}"
-        for name in ("protocol", "data", "seed"):
-            flat |= {f"{task}: {key}": value for key, value in flatten(record[name], name).items()}
+        for name, depth in (("protocol", 2), ("data", 1), ("seed", 1)):
+            flat |= {f"{task}: {key}": value for key, value in flatten(record[name], name, depth).items()}
         for key, value in flat.items():
             values = found.setdefault(key, {}).setdefault(result.label, [])
             if key not in _LEFT_OUT and value not in values:
@@ -58,4 +56,3 @@ def _applies(gathered: Gathered) -> bool:
 
 
 SECTION = Section(120, "Differences in settings", _applies, _draw)
-__all__: Sequence[str] = ["SECTION", "settings_by_run"]
