@@ -353,7 +353,7 @@ def test_library_alone(task_files, base_directory, tokenizer, tmp_path, monkeypa
     model = AutoModelForCausalLM.from_pretrained(base_directory)
     tasks = tasks_module.load_tasks([str(task_files / "my_text.yaml")])  # by its file
     plan = lm_module.lm_plan(model, tokenizer, tasks)
-    assert (plan.parts, plan.model) == (["full/my_text"], None)
+    assert (plan.parts, plan.model["dtype"]) == (["full/my_text"], "float32")
     perplexity, bits = measure(plan)["conditions"]
     nats = -sum(
         HiCIModel(model, tokenizer=tokenizer).loglikelihood_rolling(

@@ -103,6 +103,7 @@ def test_a_leak_stands_beside_the_number(adapter_directory, text_file, visibilit
     row = next(line for line in done.out.splitlines() if f"{in_hici['ppl']:.3f}" in line)
     assert f"hici, {visibility} (not causal)" in row
     assert "(not causal)" not in next(line for line in done.out.splitlines() if f"{full['ppl']:.3f}" in line)
+    assert f"hici, {visibility} (not causal) - full" in done.out  # of the differences
 
 
 def test_segments_without_slots_on_a_plain_model(base_directory, text_file, tmp_path, hici_command):

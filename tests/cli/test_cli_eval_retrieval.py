@@ -72,6 +72,10 @@ def test_cases_of_a_file_and_those_left_out(base_directory, tmp_path, hici_comma
     refused = hici_command("eval", "retrieval", base_directory, "--cases", cases)
     assert refused.status == 2
     assert f"the longest, {cases}:2, takes" in refused.err
+    for flags in (["--rope", "auto"], ["--allow-beyond-rope"]):
+        refused = hici_command("eval", "retrieval", base_directory, "--cases", cases, *flags)
+        assert (refused.status, refused.out) == (2, "")
+        assert f"{flags[0]} changes nothing while cases are limited to the model's positions" in refused.err
     done = hici_command("eval", "retrieval", base_directory, "--cases", cases, "--skip-too-long", "--out", tmp_path)
     assert done.status == 0, done.err
     assert f"1 cases of {cases} are too long and left out." in done.out
@@ -86,6 +90,7 @@ def test_cases_of_a_file_and_those_left_out(base_directory, tmp_path, hici_comma
         (["--tasks", "passkey", "passkey"], "task passkey is given twice"),
         (["--lengths", 100], "length 100 is too short for task passkey: without any filler"),
         (["--depths", "0"], "a whole number is how many depths, at least 1; give 0.0 for the beginning"),
+        (["--depths", "20000"], "20000 depths are not in 1..1000"),
         (["--depths", "0.5", "2"], "depth 2 is not in 0..1"),
         (["--depths", "half"], "could not convert string to float: 'half'; give how many (10), or fractions"),
         (["--samples", 0], "samples=0 is below 1"),

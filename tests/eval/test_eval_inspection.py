@@ -201,7 +201,7 @@ def test_the_result_is_whole_and_taken_over(tmp_path, caplog):
     assert "summarise its own future" in caplog.text
     measure(plan, target)
     record = read_result(target)
-    assert (record["task"], record["protocol"]["name"], record["model"]) == ("inspect", "inspect", {"path": "m"})
+    assert (record["task"], record["protocol"]["name"], record["model"]["path"]) == ("inspect", "inspect", "m")
     assert record["data"]["files"] == ["f"]
     assert record["data"]["tokens"] == 150
     condition = record["conditions"][0]

@@ -10,6 +10,7 @@ import pytest
 
 from hici.eval.measure import Plan, check_target, measure
 from hici.eval.results import SCHEMA_VERSION, read_result
+from hici.processes import only_run_in
 
 PARTS = [f"part {i}" for i in range(7)]
 
@@ -126,6 +127,21 @@ def test_files_of_others_are_not_touched(tmp_path):
         measure(plan(), tmp_path / "b.json")
 
 
+def test_a_damaged_journal_or_result_is_not_taken_over(tmp_path):
+    with pytest.raises(StoppedError):
+        measure(plan("part 2"), tmp_path / "a.json")
+    journal = tmp_path / "a.partial-0.jsonl"
+    journal.write_text("[1]\n" + journal.read_text().split("\n", 1)[1])
+    with pytest.raises(ValueError, match=r"is damaged \(its first line is no object\); delete it, or give --overwrite"):
+        measure(plan(), tmp_path / "a.json")
+    result = measure(plan(), tmp_path / "b.json")
+    del result["conditions"]
+    (tmp_path / "b.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"b\.json lacks conditions, so it is damaged; .* \(--overwrite\)"):
+        measure(plan(), tmp_path / "b.json")
+    assert "conditions" in measure(plan(), tmp_path / "b.json", overwrite=True)
+
+
 def test_neighbours_with_like_names_keep_their_journals(tmp_path):
     for name in ("ppl.json", "ppl-strict.json"):
         with pytest.raises(StoppedError):
@@ -146,6 +162,23 @@ def test_an_output_in_use_is_refused(tmp_path):
 
     measure(plan(measure_part=busy), tmp_path / "a.json")
     assert inner
+
+
+def test_every_process_is_told_what_the_first_one_has_found(tmp_path, monkeypatch):
+    """Or they would wait, and end with an error of the network."""
+    from hici.eval import measure as module
+
+    said = []
+    monkeypatch.setattr(module, "everyones", lambda value: said.append(value) or [value])
+    with only_run_in(tmp_path, ".a.json.lock"), pytest.raises(ValueError, match="another run is writing into"):
+        measure(plan(), tmp_path / "a.json")
+    assert len(said) == 1
+    assert "another run is writing into" in said[0]
+    monkeypatch.setattr(module, "rank", lambda: 1)
+    monkeypatch.setattr(module, "everyones", lambda value: [said[0], value])
+    with pytest.raises(ValueError, match="another run is writing into"):
+        measure(plan(), tmp_path / "b" / "a.json")
+    assert not (tmp_path / "b").exists()
 
 
 def test_nan_never_gets_into_a_result(tmp_path):

@@ -254,6 +254,21 @@ def test_a_prompt_is_the_same_whatever_else_is_measured():
     assert one["answers"] == other["answers"][:1]
 
 
+def test_depths_are_told_apart_to_the_last_place_and_0_is_0():
+    tokenizer = prompt_tokenizer(KINDS[0])
+    close = Settings(tasks=("passkey",), lengths=(400,), depths=(0.12345678, 0.12345679), samples=1)
+    entries = run(model_for(tokenizer), tokenizer, close)["conditions"]
+    assert len({entry["answers"][0]["seed"] for entry in entries}) == 2
+    whole, fractions = (
+        plan_retrieval(model_for(tokenizer), tokenizer, ABOUT, Settings(("passkey",), (400,), depths), ["full"])
+        for depths in ((0, 1), (0.0, 1.0))
+    )
+    assert whole.header() == fractions.header()
+    assert whole.parts == fractions.parts
+    seeds = [plan.measure_part(plan.parts[0])["seed"] for plan in (whole, fractions)]
+    assert seeds[0] == seeds[1]
+
+
 def test_what_the_model_cannot_do_is_said_before_anything_is_measured():
     tokenizer = prompt_tokenizer("bytes")
     model = model_for(tokenizer, positions=512, visibility="past", num_segments=4)

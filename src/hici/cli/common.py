@@ -95,7 +95,7 @@ def load(args: argparse.Namespace, attentions: list[str]) -> Loaded:
         slots=not args.no_slots,
     )
     tokenizer = load_tokenizer(args, kind)
-    return Loaded(model, tokenizer, _describe(args, model, kind))
+    return Loaded(model, tokenizer, _describe(args, model, tokenizer, kind) | hici_facts(model, attentions))
 
 
 def expand_home(args: argparse.Namespace, *names: str) -> None:
@@ -159,9 +159,17 @@ def _check_segment_flags(args: argparse.Namespace, attentions: list[str]) -> Non
         raise ValueError(f"--visibility {args.visibility} with --no-slots: there is no slot to see; drop one of them")
 
 
-def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]:
+def hici_facts(model: Any, attentions: list[str]) -> dict[str, Any]:
+    """What a result says of HiCI's settings: nothing where no attention uses them."""
+    from hici.models.lookup import hici_config
+
+    return {"hici": None if all(mode == "full" for mode in attentions) else hici_config(model).to_dict()}
+
+
+def _describe(args: argparse.Namespace, model: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    from hici.data.encoder import tokenizer_fingerprint
     from hici.models.fingerprint import base_fingerprint, model_fingerprint
-    from hici.models.lookup import get_causal_lm, get_decoder, hici_config, is_attached
+    from hici.models.lookup import get_causal_lm, get_decoder, is_attached
 
     lm = get_causal_lm(model)
     attached = is_attached(model)
@@ -173,10 +181,10 @@ def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]
         # a plain model has modules only for its modes without slots: drawn anew each time, and not used
         "fingerprint": model_fingerprint(model, hici_modules=kind != "plain"),
         "adapter_sha256": _adapter_hashes(args.model) if kind == "adapter" else None,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "model_type": lm.config.model_type,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": lm.device.type,  # without its number, which differs between processes
-        "hici": hici_config(model).to_dict() if attached else None,
         "max_position_embeddings": lm.config.max_position_embeddings,
         "rope_parameters": dict(lm.config.rope_parameters),
     }

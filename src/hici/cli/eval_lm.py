@@ -136,7 +136,7 @@ def print_lm(record: dict[str, Any]) -> None:
         notes.append(f"Only the first {record['protocol']['limit']:,} documents of each task (--limit).")
     protocol = record["protocol"]
     title = f"Tasks of {protocol['name']} {protocol['version']}"
-    title += f", {record['model']['path']}" if record["model"] else ""
+    title += f", {record['model']['path']}" if "path" in (record["model"] or {}) else ""
     print_table(title, ["task", "attention", "metric", "value", "± s.e.", "samples", "examples"], rows, notes)
 
 

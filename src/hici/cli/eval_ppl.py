@@ -120,7 +120,8 @@ def print_perplexity(result: dict[str, Any], name: str) -> None:
     columns = ["attention", "context", "segments", "windows", "loss", "± s.e.", "ppl", "95 %", "tokens/s"]
     print_table(f"Perplexity of {name}, protocol {result['protocol']['name']}", columns, rows, _notes(result))
     if result["paired_differences"]:
-        rows = [[f"{d['attention']} - {d['minus']}", integer(d["context"]), str(d["windows"]),
+        labels = {found["attention"]: attention_label(found) for found in conditions}
+        rows = [[f"{labels[d['attention']]} - {labels[d['minus']]}", integer(d["context"]), str(d["windows"]),
                  f"{d['loss_difference']:+.4f}",
                  "-" if d["standard_error"] is None else f"{d['standard_error']:.4f}", interval(d["interval"], 4)]
                 for d in result["paired_differences"]]  # fmt: skip

@@ -74,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, write."""
     check_evaluation(args)
     settings = _settings(args)
+    for flag, given in (("--rope", args.rope != "none"), ("--allow-beyond-rope", args.allow_beyond_rope)):
+        if given and not settings.lengths:
+            raise ValueError(f"{flag} changes nothing while cases are limited to the model's positions; add --lengths "
+                             "with the longest that is permitted")  # fmt: skip
     target = result_target(args, "retrieval")
 
     from hici.eval.retrieval.run import plan_retrieval

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hici.cli.common import ATTENTIONS, Loaded, add_model_flags, add_segment_flags, load
+from hici.cli.common import ATTENTIONS, Loaded, add_model_flags, add_segment_flags, hici_facts, load
 from hici.processes import local_rank, rank, world_size
 
 RESUME_NOTES = """\
@@ -20,11 +20,16 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, result_name: str, *, p
     add_segment_flags(parser)
     group = parser.add_argument_group("attention and positions")
     group.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full"], help="default full")
+    add_rope_flags(group)
+    add_output_flags(parser, result_name, picture=picture)
+
+
+def add_rope_flags(group: Any) -> None:
+    """--rope and --allow-beyond-rope."""
     group.add_argument("--rope", choices=("none", "auto", "linear", "yarn"), default="none", help="extend the rope so "
                        "to the longest context, once, for all contexts of the run; auto: linear, or the kind by which "
                        "the model is scaled already")  # fmt: skip
     group.add_argument("--allow-beyond-rope", action="store_true", help="permit contexts beyond the rope settings")
-    add_output_flags(parser, result_name, picture=picture)
 
 
 def add_output_flags(parser: argparse.ArgumentParser, result_name: str, *, picture: bool = True) -> None:
@@ -32,7 +37,8 @@ def add_output_flags(parser: argparse.ArgumentParser, result_name: str, *, pictu
     output = parser.add_argument_group("output")
     beside = ", and a picture (.png) beside it" if picture else ""
     output.add_argument("--out", metavar="DIR|FILE.json", help=f"JSON{beside}; DIR: {result_name}.json in it")
-    output.add_argument("--overwrite", action="store_true", help="measure anew and replace files that exist")
+    output.add_argument("--overwrite", action="store_true", help="measure anew and replace files that exist; given "
+                        "again after a kill, it begins anew again")  # fmt: skip
 
 
 def check_evaluation(args: argparse.Namespace, **once: list[Any]) -> None:
@@ -69,10 +75,22 @@ def load_for_evaluation(args: argparse.Namespace, longest: int | None) -> Loaded
     """
     ready: Loaded | None = getattr(args, "loaded", None)
     if ready is not None:
-        return ready
+        return ready._replace(about=ready.about | hici_facts(ready.model, args.attention))
     if world_size() > 1 and args.device in ("auto", "cuda"):
         args.device = f"cuda:{local_rank()}" if _cuda() else "cpu"
-    return extend_to(args, load(args, args.attention), longest)
+    loaded = load(args, args.attention)
+    return extend_to(args, loaded._replace(about=loaded.about | _identity(loaded)), longest)
+
+
+def _identity(loaded: Loaded) -> dict[str, Any]:
+    """What tells these very weights from all others, so that no result of others is taken over."""
+    from hici.models.fingerprint import weights_checksum
+    from hici.models.lookup import get_causal_lm
+
+    return {
+        "weights_checksum": weights_checksum(loaded.model, hici_modules=loaded.about["kind"] != "plain"),
+        "end_token_id": get_causal_lm(loaded.model).generation_config.eos_token_id,
+    }
 
 
 def extend_to(args: argparse.Namespace, loaded: Loaded, longest: int | None) -> Loaded:
@@ -104,8 +122,18 @@ def extend_to(args: argparse.Namespace, loaded: Loaded, longest: int | None) -> 
     return loaded._replace(about=about | {"rope": rope})
 
 
+class OnlyPlannedError(Exception):
+    """A verb has come to where it would measure, and `args.only_plan` is set: nothing was in its way."""
+
+
 def measure_with_bar(args: argparse.Namespace, plan: Any, target: Path | None, what: str) -> dict[str, Any]:
-    """`hici.eval.measure.measure` with a bar on the first process's stderr."""
+    """`hici.eval.measure.measure` with a bar on the first process's stderr.
+
+    Raises:
+        OnlyPlannedError: with `args.only_plan` (`hici eval all`, which makes all plans before anything is measured).
+    """
+    if getattr(args, "only_plan", False):
+        raise OnlyPlannedError
     from hici.eval.measure import measure
     from hici.report.progress import progress_bar
 

@@ -8,6 +8,7 @@ from typing import Any
 from hici.cli.common import Loaded, add_model_flags, add_segment_flags, model_kind, positive
 from hici.cli.evaluating import (
     add_output_flags,
+    add_rope_flags,
     is_first_process,
     load_for_evaluation,
     measure_with_bar,
@@ -38,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "inspect", help="where the attention goes, by layer and head", description=_DESCRIPTION, epilog=_EXAMPLES
     )
-    parser.set_defaults(attention=["hici"], rope="none")  # what the shared loading reads
+    parser.set_defaults(attention=["hici"])  # what the shared loading reads
     add_model_flags(parser)
     add_segment_flags(parser)
     group = parser.add_argument_group("measurement")
@@ -48,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--context", type=positive, required=True, metavar="C", help="tokens of a window")
     group.add_argument("--windows", type=positive, default=1, metavar="N", help="that many, evenly spaced (default 1)")
     group.add_argument("--layers", nargs="+", type=int, metavar="L", help="numbers from 0 (default: all)")
-    group.add_argument("--allow-beyond-rope", action="store_true", help="permit contexts beyond the rope settings")
+    add_rope_flags(parser.add_argument_group("positions"))
     add_output_flags(parser, _NAME)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hici.attention import reference
 from hici.core.segments import count_segments
-from hici.eval.conditions import describe_condition
+from hici.eval.conditions import describe_condition, describe_model
 from hici.eval.measure import Plan
 from hici.eval.perplexity import check_stream, stream_sha256
 from hici.eval.windows import disjoint_windows
@@ -88,7 +88,7 @@ def inspection_plan(
             "layers": numbers,
             **_PROTOCOL,
         },
-        model=about,
+        model=describe_model(model, [HICI], about),
         data={**(data or {}), "tokens": len(stream), "sha256": stream_sha256(stream)},
         seed=None,
         parts=list(starts),

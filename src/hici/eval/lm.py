@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hici.eval.conditions import describe_condition
+from hici.eval.conditions import describe_condition, describe_model
 from hici.eval.measure import Plan
 from hici.models.modes import set_attention
 
@@ -89,7 +89,7 @@ def lm_plan(
     return Plan(
         task="lm",
         protocol=_protocol(tasks, models[attentions[0]], limit, apply_chat_template),
-        model=about,
+        model=describe_model(model, attentions, about, tokenizer),
         data={"tasks": {name: describe_documents(task) for name, task in tasks.tasks.items()}},
         seed=tasks.seeds.few_shot,
         parts=list(parts),

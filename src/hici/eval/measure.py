@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hici.eval.results import SCHEMA, is_result
+from hici.eval.results import SCHEMA, check_whole, is_result
 from hici.files import append_line, check_writable, read_json, split_torn, write_json
 from hici.processes import everyones, join_processes, only_run_in, rank, world_size
 from hici.provenance import provenance
@@ -83,10 +83,15 @@ def measure(
         return _result(plan, made, _measure_rest(plan, {}, None, progress))
     target = Path(target)
     header = _plain_json(plan.header() | {"provenance": made})
-    with _locked(target):
-        if rank() == 0:
-            found = _found(target, header, overwrite)
-        found = everyones(found if rank() == 0 else None)[0]
+    with contextlib.ExitStack() as stack:
+        found: Any = None
+        if rank() == 0:  # whose problem the others wait for, and raise too
+            try:
+                stack.enter_context(_locked(target))
+                found = _found(target, header, overwrite)
+            except (ValueError, OSError) as error:
+                found = str(error)
+        found = everyones(found)[0]
         if isinstance(found, str):
             raise ValueError(found)
         whole, values = found
@@ -126,9 +131,6 @@ def check_target(target: str | Path, *also: str | Path) -> Path:
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Context: no other run writes `target`. The first process of a run holds the lock for all of them."""
-    if rank() > 0:
-        yield
-        return
     lock = f".{target.name}.lock"
     with only_run_in(target.parent, lock):
         try:
@@ -162,21 +164,18 @@ def _result(plan: Plan, made: dict[str, Any], values: dict[str, Any]) -> dict[st
     return _plain_json({**plan.header(), **summary, "provenance": made})
 
 
-def _found(target: Path, header: dict[str, Any], overwrite: bool) -> tuple[dict[str, Any] | None, dict[str, Any]] | str:
-    """(the finished result or None, parts measured before), or what is wrong with what is there."""
-    try:
-        if overwrite:
-            for path in _journals(target):
-                path.unlink()
-            return None, {}
-        if target.exists():
-            return _finished(target, header), {}
-        values: dict[str, Any] = {}
+def _found(target: Path, header: dict[str, Any], overwrite: bool) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """(the finished result or None, parts measured before). Raises ValueError: what is wrong with what is there."""
+    if overwrite:
         for path in _journals(target):
-            values |= _read_journal(path, header)
-        return None, values
-    except ValueError as error:
-        return str(error)
+            path.unlink()
+        return None, {}
+    if target.exists():
+        return _finished(target, header), {}
+    values: dict[str, Any] = {}
+    for path in _journals(target):
+        values |= _read_journal(path, header)
+    return None, values
 
 
 def _finished(target: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +184,7 @@ def _finished(target: Path, header: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{target} exists and is no result; nothing is overwritten silently: give another --out or "
                          "--overwrite")  # fmt: skip
     _check_same(target, result, header)
+    check_whole(target, result)
     return dict(result)
 
 
@@ -199,6 +199,8 @@ def _read_journal(path: Path, header: dict[str, Any]) -> dict[str, Any]:
             path.unlink()
             return {}
         values = {entry["part"]: entry["value"] for entry in entries[1:]}
+        if not isinstance(entries[0], dict):
+            raise TypeError("its first line is no object")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, or give --overwrite to measure all anew") from error
     _check_same(path, entries[0], header)

@@ -19,7 +19,7 @@ import numpy as np
 
 from hici.data.stream import Document, join_documents
 from hici.eval.bootstrap import bootstrap_interval
-from hici.eval.conditions import describe_condition
+from hici.eval.conditions import describe_condition, describe_model
 from hici.eval.measure import Plan
 from hici.eval.perplexity import check_stream, exp_interval, stream_sha256, warn_if_not_causal, window_losses
 from hici.eval.statistics import CONFIDENCE, group_means, weighted_estimate
@@ -159,7 +159,7 @@ def perplexity_plan(
     return Plan(
         task="perplexity",
         protocol={"name": protocol, "windows": _WHAT[protocol], **settings, "max_windows": max_windows},
-        model=about,
+        model=describe_model(model, attentions, about),
         data=text.facts,
         seed=None,  # nothing is drawn
         parts=list(parts),

@@ -4,7 +4,8 @@ A result is an object with
     schema         {"name": "hici-result", "version": 1}
     task           "perplexity", "passkey", ...: what was measured
     protocol       how, exactly: {"name": ..., every setting that the numbers depend on}
-    model          path, kind, base, fingerprint, adapter_sha256, dtype, device, rope, ...; None: no model was used
+    model          path, kind, base, fingerprint (of a sample of the weights), weights_checksum (of all of them),
+                   tokenizer_fingerprint, adapter_sha256, dtype, device, rope, ...; None: no model was used
     data           files, sha256, sizes; None: generated from the seed alone
     seed           None: nothing is drawn
     conditions     one entry for every attention (and length, ...): attention, visibility, causal, segment_size,
@@ -51,13 +52,18 @@ def read_result(path: str | Path) -> dict[str, Any]:
             f"{path} is a result of schema version {version!r}, and this hici reads version {SCHEMA_VERSION}; measure "
             f"again, or use the hici that wrote it ({_writer(result)})"
         )
+    check_whole(path, result)
+    return result
+
+
+def check_whole(path: str | Path, result: dict[str, Any]) -> None:
+    """Raise ValueError when a field of a result is missing."""
     missing = [field for field in _FIELDS if field not in result]
     if missing or not isinstance(result["conditions"], list):
         raise ValueError(
             f"{path} lacks {', '.join(missing) or 'a list of conditions'}, so it is damaged; restore it or measure "
-            "again"
+            "again (--overwrite)"
         )
-    return result
 
 
 def _writer(result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hici.eval.conditions import attention_label, describe_condition
+from hici.eval.conditions import attention_label, describe_condition, describe_model
 from hici.eval.longbench.datasets import Dataset, get_dataset
 from hici.eval.longbench.predictions import prediction_record
 from hici.eval.longbench.prompts import make_prompt
@@ -109,7 +109,7 @@ def prediction_plan(
             "edit_similarity": edit_similarity,
             "packages": scorer.versions([each.dataset for each in chosen.values()]),
         },
-        model=about,
+        model=describe_model(model, attentions, about, tokenizer),
         data=_describe_data(chosen),
         seed=None,
         parts=[f"{a}/{name}/{i}" for a in attentions for name, each in chosen.items() for i in each.indices],

@@ -30,7 +30,8 @@ class Case:
     @property
     def own_seed(self) -> int:
         """Of this prompt alone: other tasks, lengths, depths or samples in the same run do not change it."""
-        return seed_of(self.seed, self.task.name, self.length, self.depth, self.sample)
+        depth = None if self.depth is None else float(self.depth)  # 0 and 0.0 are the same depth
+        return seed_of(self.seed, self.task.name, self.length, depth, self.sample)
 
     def draft(self, filler: Filler) -> Draft:
         """The prompt before it is filled."""

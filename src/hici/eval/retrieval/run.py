@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from hici.eval.conditions import describe_condition
+from hici.eval.conditions import describe_condition, describe_model
 from hici.eval.measure import Plan
 from hici.eval.retrieval.answering import answer_prompt
 from hici.eval.retrieval.base import REPEATED, Filler, RetrievalTask
@@ -49,7 +49,7 @@ class Cell:
     def part(self, attention: str, sample: int) -> str:
         """The name of one part."""
         of = self.facts.get("cases", self.context)
-        depth = "" if self.depth is None else f" depth {self.depth:g}"
+        depth = "" if self.depth is None else f" depth {float(self.depth)}"  # all places: no two parts of one name
         return f"{attention} {self.task.name} {of}{depth} sample {sample}"
 
 
@@ -115,7 +115,7 @@ def plan_retrieval(
     return Plan(
         task="retrieval",
         protocol=_protocol(settings, attentions, limit),
-        model=about,
+        model=describe_model(model, attentions, about, tokenizer),
         data=_data(haystack, files),
         seed=settings.seed if settings.generated else None,
         parts=list(parts),

@@ -11,6 +11,7 @@ from hici.registry import suggest
 
 DEPTHS = 10
 SAMPLES = 3
+MOST_DEPTHS = 1000  # spaced evenly: they are rounded to four places
 CASE_TASKS = ("topics", "lines")
 
 
@@ -133,6 +134,6 @@ class Settings:
 
 def evenly_spaced(count: int) -> tuple[float, ...]:
     """That many depths from 0 to 1, both among them; one: 0.5."""
-    if count < 1:
-        raise ValueError(f"{count} depths; give at least 1")
+    if not 1 <= count <= MOST_DEPTHS:
+        raise ValueError(f"{count} depths are not in 1..{MOST_DEPTHS}; give such a number, or the fractions themselves")
     return (0.5,) if count == 1 else tuple(round(i / (count - 1), 4) for i in range(count))
