@@ -156,6 +156,23 @@ def test_requests_that_cannot_be_scored(harness_model):
         lm._loglikelihood_tokens([(None, [1], [2] * 17)])
 
 
+@pytest.mark.parametrize("pair, message", [
+    (("", ""), "a_task scores '' behind an empty text, which are no tokens"),
+    (("a", ""), "1 tokens of context and 0 to score"),
+    ((" ", "x"), "0 tokens of context and 2 to score"),
+])  # fmt: skip
+def test_empty_texts_that_cannot_be_scored(harness_model, pair, message):
+    with pytest.raises(ValueError, match=message):
+        harness_model().loglikelihood(requests_of("loglikelihood", [PAIRS[0], pair]))
+
+
+@pytest.mark.parametrize("attention", ["full", "hici"])
+def test_an_empty_prompt(harness_model, attention):
+    prompts = [("the dog", {"max_gen_toks": 2}), ("", {"max_gen_toks": 2})]
+    with pytest.raises(ValueError, match="the prompt '' has no tokens, so nothing can follow it"):
+        harness_model(attention, batch_size=2).generate_until(requests_of("generate_until", prompts))
+
+
 def test_segments_that_depend_on_the_batch(harness_model, adapter, tokenizer, adapter_directory):
     hici.reconfigure(adapter, num_segments=2)
     message = r"batch_size=4 with num_segments=2: .* texts beside it; give segment_size \(--segment-size\), or batch_s"
@@ -186,6 +203,9 @@ def test_not_causal_is_marked(harness_model, adapter, caplog, visibility, label,
     ({"batch_size": 0}, "batch_size=0; give a number"),
     ({"segment_sise": 3}, "unknown argument of lm-eval's model 'hici' 'segment_sise'.* Did you mean 'segment_size'"),
     ({"segment_size": 16}, "segment_size=16 changes nothing in attention full; give attention=hici"),
+    ({"slots": False}, "slots=False changes nothing in attention full; give attention=hici"),
+    ({"attention": "hici", "slots": False, "visibility": "all"}, "visibility=all, but there is no slot to see"),
+    ({"attention": "hici_s2", "visibility": "past"}, "visibility=past, but there is no slot to see"),
     ({"attention": "hci"}, "unknown attention 'hci'.*Did you mean 'hici'"),
     ({"attention": "hici"}, "a plain model: its slots would be fresh random ones"),
     ({"dtype": "int8"}, "dtype='int8' is no floating-point dtype"),

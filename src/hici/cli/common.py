@@ -95,7 +95,7 @@ def load(args: argparse.Namespace, attentions: list[str]) -> Loaded:
         slots=not args.no_slots,
     )
     tokenizer = load_tokenizer(args, kind)
-    return Loaded(model, tokenizer, _describe(args, model, kind))
+    return Loaded(model, tokenizer, _describe(args, model, tokenizer, kind))
 
 
 def expand_home(args: argparse.Namespace, *names: str) -> None:
@@ -159,7 +159,8 @@ def _check_segment_flags(args: argparse.Namespace, attentions: list[str]) -> Non
         raise ValueError(f"--visibility {args.visibility} with --no-slots: there is no slot to see; drop one of them")
 
 
-def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, model: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    from hici.data.encoder import tokenizer_fingerprint
     from hici.models.fingerprint import base_fingerprint, model_fingerprint
     from hici.models.lookup import get_causal_lm, get_decoder, hici_config, is_attached
 
@@ -172,6 +173,7 @@ def _describe(args: argparse.Namespace, model: Any, kind: str) -> dict[str, Any]
         "base_fingerprint": get_decoder(model).hici_attached.base_fingerprint if attached else base_fingerprint(lm),
         "fingerprint": model_fingerprint(model),
         "adapter_sha256": _adapter_hashes(args.model) if kind == "adapter" else None,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "model_type": lm.config.model_type,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": lm.device.type,  # without its number, which differs between processes

@@ -92,7 +92,11 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer, the format and the prompt: equal where the same input gives the same tokens."""
-        facts: dict[str, Any] = {"version": _VERSION, "format": self.data_format, "tokenizer": self._tokenizer_facts()}
+        facts: dict[str, Any] = {
+            "version": _VERSION,
+            "format": self.data_format,
+            "tokenizer": _tokenizer_facts(self.tokenizer),
+        }
         if self.data_format == INSTRUCTION:
             facts |= {
                 "prompt": self.prompt,
@@ -101,16 +105,22 @@ class Encoder:
             }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def _tokenizer_facts(self) -> dict[str, Any]:
-        tokenizer = self.tokenizer
-        facts: dict[str, Any] = {
-            "bos": tokenizer.bos_token_id,
-            "eos": tokenizer.eos_token_id,
-            "special": sorted(tokenizer.all_special_tokens),
-        }
-        if getattr(tokenizer, "is_fast", False):
-            backend = json.loads(tokenizer.backend_tokenizer.to_str())
-            # how the last call padded or cut is left in the backend, and is no part of the tokenizer
-            return facts | {"backend": {k: v for k, v in backend.items() if k not in ("padding", "truncation")}}
-        return facts | {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items()),
-                        "settings": sorted(map(str, tokenizer.init_kwargs.items()))}  # fmt: skip
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the tokenizer and its chat template: equal where a text or conversation gives the same tokens."""
+    facts = {**_tokenizer_facts(tokenizer), "chat_template": getattr(tokenizer, "chat_template", None)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "special": sorted(tokenizer.all_special_tokens),
+    }
+    if getattr(tokenizer, "is_fast", False):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # how the last call padded or cut is left in the backend, and is no part of the tokenizer
+        return facts | {"backend": {k: v for k, v in backend.items() if k not in ("padding", "truncation")}}
+    return facts | {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items()),
+                    "settings": sorted(map(str, tokenizer.init_kwargs.items()))}  # fmt: skip

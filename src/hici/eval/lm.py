@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hici.eval.conditions import describe_condition
 from hici.eval.measure import Plan
 from hici.models.modes import set_attention
+from hici.models.session import Session
 
 if TYPE_CHECKING:
     from hici.eval.harness.tasks import Tasks
@@ -54,7 +55,7 @@ def lm_plan(
 
     Raises:
         ValueError: several texts at once where segments depend on the batch; a max_length beyond the rope settings; no
-            chat template.
+            chat template; an attention that cannot generate, for a task that needs it.
     """
     from hici.eval.harness.model import HiCIModel
     from hici.eval.harness.tasks import describe_documents, plant_seeds
@@ -66,6 +67,10 @@ def lm_plan(
                              allow_beyond_rope=allow_beyond_rope, progress=False)
         for attention in attentions
     }  # fmt: skip
+    if any(task.OUTPUT_TYPE == "generate_until" for task in tasks.tasks.values()):
+        for attention in attentions:  # told now, and not behind the tasks before
+            set_attention(model, attention)
+            Session(model, allow_beyond_rope=allow_beyond_rope)
     parts = {f"{attention}/{name}": (attention, name) for attention in attentions for name in tasks.tasks}
 
     def measure_part(part: str) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def _evaluate(
 
 def _groups(groups: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """The same for groups with a number of their own, from their tasks' results."""
-    results = {name: value["results"] for name, value in values.items()}
+    results = {name: {key: _number(x) for key, x in value["results"].items()} for name, value in values.items()}
     found = {}
     for name, group in groups.items():
         members = [values[task.task_name] for task in group.get_all_tasks()]
@@ -202,3 +207,8 @@ def _json_number(value: Any) -> Any:
     if not math.isfinite(number):
         return str(number)
     return int(value) if isinstance(value, int) else number
+
+
+def _number(value: Any) -> Any:
+    """What `_json_number` made a text of, as the number that it was."""
+    return float(value) if value in ("nan", "inf", "-inf") else value
