@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 import hici
 from adapter_models import IDS, make_base, make_trained
 from hici.eval.harness import HiCIModel
+from hici.models.cache import HiCICache
 from hici.models.lookup import get_causal_lm
 from hici.models.modes import set_attention
 
@@ -115,7 +116,7 @@ def test_slots_move_log_likelihoods(harness_model, adapter):
 @pytest.mark.parametrize("attention, visibility", [("full", "past"), ("hici", "past"), ("hici", "all")])
 def test_generation_is_that_of_each_prompt_alone(harness_model, adapter, tokenizer, attention, visibility):
     hici.reconfigure(adapter, visibility=visibility)
-    prompts = ["the cat runs quickly under the blue tree and then the dog", "a river", "the old house sings " * 20]
+    prompts = ["the cat runs quickly under the blue tree and then the dog", "a river", "the old house sings " * 60]
     settings = {"until": ["\n"], "max_gen_toks": 12}
     lm = harness_model(attention, batch_size=2)
     found = lm.generate_until(requests_of("generate_until", [(prompt, settings) for prompt in prompts]))
@@ -216,6 +217,15 @@ def test_refusals_by_name(base_directory, options, message):
         HiCIModel(str(base_directory), **options)
 
 
+@pytest.mark.parametrize("device", ["cuda:0", "cuda", "cpu", None])
+def test_a_machine_without_cuda(base_directory, device, monkeypatch, caplog):
+    """lm-eval's command gives device="cuda:0" everywhere."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING, logger="hici"):
+        assert HiCIModel(str(base_directory), device=device).device.type == "cpu"
+    assert ("torch has no CUDA device here; going on with the CPU" in caplog.text) == str(device).startswith("cuda")
+
+
 def test_refusals_of_a_loaded_model(adapter, tokenizer, adapter_directory, monkeypatch):
     with pytest.raises(ValueError, match="a loaded model without its tokenizer; give tokenizer="):
         HiCIModel(adapter)
@@ -236,9 +246,18 @@ def test_the_callers_tokenizer_stays_as_it_is(adapter, tokenizer):
     assert tokenizer.pad_token_id is None
 
 
-def test_beyond_the_rope_where_it_is_permitted(base_directory):
-    lm = HiCIModel(str(base_directory), max_length=200, allow_beyond_rope=True)
+@pytest.mark.parametrize("attention", ["full", "hici"])
+def test_beyond_the_rope_where_it_is_permitted(harness_model, adapter, tokenizer, attention):
+    lm = harness_model(attention, max_length=200, allow_beyond_rope=True)
     assert lm.max_length == 200
+    prompt = "the old house sings " * 60
+    (found,) = lm.generate_until(requests_of("generate_until", [(prompt, {"until": ["\n"], "max_gen_toks": 9})]))
+    ids = tokenizer.encode(prompt)[-(200 - 9) :]
+    assert len(ids) > 128
+    cache = HiCICache(adapter, allow_beyond_rope=True) if attention == "hici" else None
+    made = get_causal_lm(adapter).generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False, pad_token_id=0,
+                                           past_key_values=cache)  # fmt: skip
+    assert found == tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).split("\n")[0]
 
 
 def test_lm_evals_python_interface(adapter_directory, adapter, tmp_path, monkeypatch):

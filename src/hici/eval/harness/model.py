@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from hici.adapters.open import model_kind, open_model, open_tokenizer
 from hici.eval.conditions import attention_label, describe_condition
+from hici.models.cache import HiCICache
 from hici.models.load import floating_dtype
 from hici.models.lookup import FULL, HICI, attention_mode, get_causal_lm, get_decoder, hici_config
 from hici.models.loss import token_scores
@@ -111,6 +112,7 @@ class HiCIModel(HFLM):
         self._model = lm.eval()  # with the adapters in it
         self.pretrained = lm.config.name_or_path
         self.progress = progress
+        self._allow_beyond_rope = allow_beyond_rope
         self.truncated = 0
         if leaks_future(model):
             logger.warning(
@@ -153,6 +155,13 @@ class HiCIModel(HFLM):
                 )
         with torch.no_grad():
             return list(super().generate_until(requests, disable_tqdm=disable_tqdm or not self.progress))
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Any:
+        """As in lm-eval; in bounded memory also beyond the rope, where that is permitted."""
+        bounded = attention_mode(self.model) == HICI and hici_config(self.model).bounded_decode
+        if self._allow_beyond_rope and bounded:
+            settings["past_key_values"] = HiCICache(self.model, allow_beyond_rope=True)
+        return super()._model_generate(context, max_length, stop, **settings)
 
     def tok_batch_encode(
         self,
@@ -301,10 +310,20 @@ def _opened(name: str, attention: str, dtype: str, device: str | None, opening: 
         kind,
         (attention,),
         dtype=None if dtype == "auto" else dtype,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=_checked_device(device),
         **opening,
     )
     return model, open_tokenizer(name, kind, opening.get("base_model"))
+
+
+def _checked_device(device: str | None) -> str:
+    """Where there is no CUDA device, the CPU, as with lm-eval's `hf`: its command asks for "cuda:0" by itself."""
+    if torch.cuda.is_available():
+        return device or "cuda"
+    if device is not None and device.startswith("cuda"):
+        logger.warning("device %s: torch has no CUDA device here; going on with the CPU", device)
+        return "cpu"
+    return device or "cpu"
 
 
 def _check_slots(attention: str, opening: dict[str, Any]) -> None:
