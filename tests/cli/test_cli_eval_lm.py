@@ -171,8 +171,10 @@ def test_json_says_how_the_numbers_were_made(eval_lm, adapter_directory, tokeniz
     assert record["model"]["adapter_sha256"]
     assert "Only the first 2 documents of each task" in done.out
     assert record["conditions"][0]["samples"] == 2
-    cut = record["conditions"][0]["truncated_requests"]
-    assert cut == 0
+    assert record["conditions"][0]["truncated_requests"] == 0
+    more = eval_lm(adapter_directory, "--tasks", "my_choice", "--limit", 2, "--max-length", 24, "--seed", 7,
+                   "--attention", "full", "hici", "--out", tmp_path / "a.json")  # fmt: skip
+    assert (more.status, 'its protocol.attentions is ["full"], now' in more.err) == (2, True)
     done = eval_lm(adapter_directory, "--tasks", "my_choice", "--max-length", 24)
     assert "my_choice, full: 3 requests were longer than 24 tokens and lost their beginning." in done.out
 

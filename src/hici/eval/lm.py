@@ -93,7 +93,7 @@ def lm_plan(
 
     return Plan(
         task="lm",
-        protocol=_protocol(tasks, models[attentions[0]], limit, apply_chat_template),
+        protocol=_protocol(tasks, models, limit, apply_chat_template),
         model=about,
         data={"tasks": {name: describe_documents(task) for name, task in tasks.tasks.items()}},
         seed=tasks.seeds.few_shot,
@@ -103,13 +103,15 @@ def lm_plan(
     )
 
 
-def _protocol(tasks: Tasks, lm: Any, limit: int | None, apply_chat_template: bool) -> dict[str, Any]:
+def _protocol(tasks: Tasks, models: dict[str, Any], limit: int | None, apply_chat_template: bool) -> dict[str, Any]:
     from hici.eval.harness.tasks import describe_task
 
+    lm = next(iter(models.values()))  # in these settings all are alike
     return {
         "name": NAME,
         "version": importlib.metadata.version("lm_eval"),
         "asked": tasks.asked,
+        "attentions": list(models),
         "tasks": {name: describe_task(task) for name, task in tasks.tasks.items()},
         "limit": limit,
         "batch_size": lm.batch_size,
