@@ -164,6 +164,9 @@ def test_samsum_ends_at_a_newline(model, tokenizer, tmp_path, monkeypatch):
     assert samsum == {"max_new_tokens": 128, "stop_tokens": [newline], "min_new_tokens": 1}
     assert one is not two
     assert abs(length - 90) < 5
+    monkeypatch.setattr(tokenizer, "encode", lambda text, add_special_tokens: [])  # one that leaves newlines out
+    measure(prediction_plan(model, tokenizer, {}, chosen, max_length=90))
+    assert calls[-1][2]["stop_tokens"] == []
 
 
 def test_default_length_is_what_the_positions_leave(model, tokenizer, tmp_path):
@@ -312,7 +315,9 @@ def test_nothing_is_overwritten_silently(hici_command, base_directory, data, tmp
     assert done.status == 2
     assert "predictions exists, but" in done.err
     assert other.read_text() == "mine"
-    assert hici_command(*command, "--overwrite").status == 0
+    (other.parent / "lcc.jsonl").touch()
+    done = hici_command(*command, "--overwrite")
+    assert (done.status, "full also holds lcc.jsonl, which are of another result" in done.err) == (0, True)
     assert other.read_text().startswith('{"pred"')
     other.write_text("edited")
     done = hici_command(*command)

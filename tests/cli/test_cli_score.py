@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -65,3 +66,12 @@ def test_paths_as_people_write_them(hici_command, tmp_path, monkeypatch):
     done = hici_command("score", "longbench", "predictions/model", "--output", "predictions/model/result.json")
     assert (done.status, "result.json exists and is no result" in done.err) == (2, True)
     assert (folder / "result.json").read_text() == '{"qasper": 30.0}'
+
+
+def test_a_missing_package_is_told_before_a_model_is_loaded(hici_command, tmp_path, monkeypatch):
+    sample = {"input": "", "context": "x = 1", "answers": ["y = 2"], "all_classes": None, "length": 2}
+    (tmp_path / "lcc.jsonl").write_text(json.dumps(sample | {"pred": "y = 2"}))
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    for verb in (("score", "longbench", tmp_path), ("eval", "longbench", tmp_path / "no-model", "--data", tmp_path)):
+        done = hici_command(*verb)
+        assert (done.status, "the package 'rapidfuzz' is not installed" in done.err) == (2, True), done.err
