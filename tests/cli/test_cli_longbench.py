@@ -8,7 +8,6 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from conftest import sentences
 from helpers import tiny_model
 from hici.eval.longbench import predict
 from hici.eval.longbench.datasets import get_dataset
@@ -18,6 +17,7 @@ from hici.eval.longbench.samples import evenly_spaced, find_data, read_samples
 from hici.eval.measure import measure
 from hici.models.generate import encode_prompt, generate
 from hici.models.session import Session
+from random_sentences import sentences
 
 SAMPLE = {
     "input": "who sings? {context}", "context": "the cat {input} sings", "answers": ["the cat"], "length": 5,
