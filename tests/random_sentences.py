@@ -4,28 +4,8 @@ from __future__ import annotations
 
 import random
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "river",
-    "mountain",
-    "runs",
-    "sees",
-    "under",
-    "over",
-    "quickly",
-    "slowly",
-    "and",
-    "then",
-    "while",
-    "blue",
-    "old",
-    "house",
-    "tree",
-    "sings",
-]
+TEXT = "the a cat dog river mountain runs sees under over quickly slowly and then while blue old house tree sings"
+WORDS = TEXT.split()
 
 
 def sentences(count, seed=0):
