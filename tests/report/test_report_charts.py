@@ -76,6 +76,18 @@ def test_loss_by_position():
     assert band.max() == pytest.approx(max(b["interval"][1] for b in entry["bins"]))
 
 
+def test_late_positions_are_drawn_by_themselves_too():
+    record = factory.perplexity((1024,), (factory.FULL,), protocol="position")
+    figure = position_figure(series_of([("a", record)]))
+    titles = ["windows of 1,024 tokens", "windows of 1,024 tokens, behind 64 tokens"]
+    assert [axis.get_title(loc="left") for axis in figure.axes] == titles
+    bins = record["conditions"][0]["bins"]
+    late = [b["mean_loss"] for b in bins if b["first"] >= 64]
+    assert 0 < len(late) < len(bins)
+    assert list(lines(figure.axes[1])["a: full"].get_ydata()) == late
+    assert figure.axes[1].get_ylim()[1] < max(b["mean_loss"] for b in bins)
+
+
 def test_heat_map_says_every_number():
     record = factory.retrieval((1024, 2048), (0.0, 0.5), tasks=("passkey",))
     missing = record["conditions"].pop()

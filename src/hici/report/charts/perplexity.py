@@ -22,6 +22,8 @@ from hici.report.figures import (
 )
 from hici.report.series import Series, by_context, series_of
 
+_LATE = 64  # tokens: the loss behind so many is drawn by itself too
+
 
 def draw_perplexity(target: str | Path, record: dict[str, Any], title: str) -> Path:
     """The PNG of one result: perplexity against length, or, under protocol position, loss by position."""
@@ -58,31 +60,40 @@ def perplexity_figure(series: Sequence[Series], *, title: str = "", narrow: bool
 
 
 def position_figure(series: Sequence[Series], *, title: str = "", narrow: bool = False) -> Any:
-    """Loss by position in the window, a panel a context; 95 % intervals as bands.
+    """Loss by position in the window, a panel a context, and one of its later positions; 95 % intervals as bands.
+
+    The first tokens of a window lose so much more than all others that beside them the others look alike.
 
     Args:
         series: entries with context and bins: first, last (a position: tokens before it), mean_loss, interval.
     """
     contexts = sorted({entry["context"] for one in series for entry in one.entries})
+    panels = [(context, low) for context in contexts for low in (1, _LATE) if low == 1 or context >= 4 * _LATE]
     below = legend_height(_names(series), narrow=narrow)
-    figure, axes = new_panels(len(contexts), narrow=narrow, height=3.8, below=below)
-    for context, axis in zip(contexts, axes, strict=True):
+    figure, axes = new_panels(len(panels), narrow=narrow, height=3.8, below=below)
+    for (context, low), axis in zip(panels, axes, strict=True):
         for one in series:
             for entry in one.entries:
                 if entry["context"] == context:
-                    _draw_bins(axis, entry["bins"], one)
-        axis.set_xscale("log", base=2)
-        high = math.ceil(math.log2(max(context, 2)))
-        ticks = [2**i for i in range(high % 2, high + 1, 2 if high > 8 else 1)]
-        axis.set_xticks(ticks, [tokens(tick) for tick in ticks])
-        axis.minorticks_off()
-        axis.set_xlabel("tokens before the predicted one")
-        axis.set_ylabel("loss, nats a token")
-        panel_title(axis, f"windows of {context:,} tokens", narrow)
+                    _draw_bins(axis, [b for b in entry["bins"] if b["first"] >= low], one)
+        _position_axis(axis, low, context)
+        behind = f", behind {low} tokens" if low > 1 else ""
+        panel_title(axis, f"windows of {context:,} tokens{behind}", narrow)
     if title:
         figure.suptitle(plain(title), fontsize=11)
     legend_below(figure, fullest(axes), narrow=narrow)
     return figure
+
+
+def _position_axis(axis: Any, low: int, context: int) -> None:
+    axis.set_xscale("log", base=2)
+    least, high = math.ceil(math.log2(low)), math.ceil(math.log2(max(context, 2)))
+    step = 2 if high - least > 8 else 1
+    ticks = [2**i for i in range(least + (high - least) % step, high + 1, step)]
+    axis.set_xticks(ticks, [tokens(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("tokens before the predicted one")
+    axis.set_ylabel("loss, nats a token")
 
 
 def beside(number: int, count: int, contexts: Sequence[int]) -> float:
