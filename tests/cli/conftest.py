@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import NamedTuple
 
 import pytest
@@ -14,9 +13,8 @@ from transformers import PreTrainedTokenizerFast
 import hici
 from helpers import assert_slots_matter, randomise, small_config, tiny_model
 from hici.cli.main import main
+from random_sentences import sentences
 
-TEXT = "the a cat dog river mountain runs sees under over quickly slowly and then while blue old house tree sings"
-WORDS = TEXT.split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -42,11 +40,6 @@ def hici_command(capsys, monkeypatch):
         return Done(status, *capsys.readouterr())
 
     return command
-
-
-def sentences(count, seed=0):
-    generator = random.Random(seed)
-    return "\n".join(" ".join(generator.choices(WORDS, k=9)) + "." for _ in range(count)) + "\n"
 
 
 @pytest.fixture(scope="session")

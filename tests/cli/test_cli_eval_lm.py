@@ -171,8 +171,10 @@ def test_json_says_how_the_numbers_were_made(eval_lm, adapter_directory, tokeniz
     assert record["model"]["adapter_sha256"]
     assert "Only the first 2 documents of each task" in done.out
     assert record["conditions"][0]["samples"] == 2
-    cut = record["conditions"][0]["truncated_requests"]
-    assert cut == 0
+    assert record["conditions"][0]["truncated_requests"] == 0
+    more = eval_lm(adapter_directory, "--tasks", "my_choice", "--limit", 2, "--max-length", 24, "--seed", 7,
+                   "--attention", "full", "hici", "--out", tmp_path / "a.json")  # fmt: skip
+    assert (more.status, 'its protocol.attentions is ["full"], now' in more.err) == (2, True)
     done = eval_lm(adapter_directory, "--tasks", "my_choice", "--max-length", 24)
     assert "my_choice, full: 3 requests were longer than 24 tokens and lost their beginning." in done.out
 
@@ -185,6 +187,38 @@ def test_a_group_is_taken_apart_and_gets_its_number(eval_lm, base_directory, tmp
     assert [c["task_name"] for c in record["conditions"]] == ["my_choice", "my_other_choice", "my_group"]
     assert group["value"] == pytest.approx((4 * one["value"] + 2 * other["value"]) / 6)
     assert (group["samples"], group["version"], group["higher_is_better"]) == (6, "3.0", True)
+
+
+def test_a_group_of_which_one_number_is_none(eval_lm, base_directory, monkeypatch):
+    evaluate = lm_module._evaluate
+
+    def one_is_nan(lm, name, *rest, **options):
+        value = evaluate(lm, name, *rest, **options)
+        return value | {"results": value["results"] | ({"acc,none": "nan"} if name == "my_choice" else {})}
+
+    monkeypatch.setattr(lm_module, "_evaluate", one_is_nan)
+    done = eval_lm(base_directory, "--tasks", "my_group")
+    assert done.status == 0, done.err
+    assert done.out.count(" nan │") == 2  # the task's and the group's
+
+
+def test_other_examples_are_another_measurement(eval_lm, base_directory, tmp_path):
+    lines(tmp_path / "shots.jsonl", QUESTIONS)
+    files = f"{{test: {lines(tmp_path / 'asked.jsonl', QUESTIONS)}, train: {tmp_path / 'shots.jsonl'}}}"
+    text = CHOICE.format(data=files).replace("test_split: train", "test_split: test\nfewshot_split: train")
+    (tmp_path / "shots.yaml").write_text("task: my_shots\n" + text)
+    flags = ("--include-path", tmp_path, "--tasks", "my_shots", "--num-fewshot", 2, "--out", tmp_path / "out")
+    assert eval_lm(base_directory, *flags).status == 0
+    lines(tmp_path / "shots.jsonl", QUESTIONS[:3])
+    done = eval_lm(base_directory, *flags)
+    assert (done.status, "its data.tasks.my_shots.example_documents is 4, now 3" in done.err) == (2, True)
+
+
+def test_what_cannot_generate_is_told_before_anything_is_measured(eval_lm, adapter_directory, tmp_path):
+    done = eval_lm(adapter_directory, "--tasks", "my_choice", "my_answer", "--attention", "full", "hici",
+                   "--num-segments", 2, "--out", tmp_path / "out")  # fmt: skip
+    assert (done.status, "num_segments=2 with a HiCICache" in done.err) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_goes_on_after_a_kill(eval_lm, adapter_directory, tmp_path, monkeypatch):
@@ -260,6 +294,7 @@ def test_a_chat_template_changes_the_prompt(eval_lm, base_directory, tokenizer, 
     (["--tasks", "my_text", "--num-fewshot", "-1"], "'-1' is not an integer >= 0"),
     (["--tasks", "my_text", "--attention", "hici", "--num-segments", "2", "--batch-size", "2"],
      "batch_size=2 with num_segments=2"),
+    (["--tasks", "my_choice", "--num-fewshot", "8"], "task 'my_choice' with 8 examples (--num-fewshot), but it has 4"),
     (["--tasks", "my_text", "--include-path", "nowhere"], "include_path=nowhere (--include-path) is no directory"),
 ])  # fmt: skip
 def test_refusals(eval_lm, adapter_directory, flags, message):

@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 import hici
 from adapter_models import IDS, make_base, make_trained
 from hici.eval.harness import HiCIModel
+from hici.models.cache import HiCICache
 from hici.models.lookup import get_causal_lm
 from hici.models.modes import set_attention
 
@@ -115,7 +116,7 @@ def test_slots_move_log_likelihoods(harness_model, adapter):
 @pytest.mark.parametrize("attention, visibility", [("full", "past"), ("hici", "past"), ("hici", "all")])
 def test_generation_is_that_of_each_prompt_alone(harness_model, adapter, tokenizer, attention, visibility):
     hici.reconfigure(adapter, visibility=visibility)
-    prompts = ["the cat runs quickly under the blue tree and then the dog", "a river", "the old house sings " * 20]
+    prompts = ["the cat runs quickly under the blue tree and then the dog", "a river", "the old house sings " * 60]
     settings = {"until": ["\n"], "max_gen_toks": 12}
     lm = harness_model(attention, batch_size=2)
     found = lm.generate_until(requests_of("generate_until", [(prompt, settings) for prompt in prompts]))
@@ -156,6 +157,23 @@ def test_requests_that_cannot_be_scored(harness_model):
         lm._loglikelihood_tokens([(None, [1], [2] * 17)])
 
 
+@pytest.mark.parametrize("pair, message", [
+    (("", ""), "a_task scores '' behind an empty text, which are no tokens"),
+    (("a", ""), "1 tokens of context and 0 to score"),
+    ((" ", "x"), "0 tokens of context and 2 to score"),
+])  # fmt: skip
+def test_empty_texts_that_cannot_be_scored(harness_model, pair, message):
+    with pytest.raises(ValueError, match=message):
+        harness_model().loglikelihood(requests_of("loglikelihood", [PAIRS[0], pair]))
+
+
+@pytest.mark.parametrize("attention", ["full", "hici"])
+def test_an_empty_prompt(harness_model, attention):
+    prompts = [("the dog", {"max_gen_toks": 2}), ("", {"max_gen_toks": 2})]
+    with pytest.raises(ValueError, match="the prompt '' has no tokens, so nothing can follow it"):
+        harness_model(attention, batch_size=2).generate_until(requests_of("generate_until", prompts))
+
+
 def test_segments_that_depend_on_the_batch(harness_model, adapter, tokenizer, adapter_directory):
     hici.reconfigure(adapter, num_segments=2)
     message = r"batch_size=4 with num_segments=2: .* texts beside it; give segment_size \(--segment-size\), or batch_s"
@@ -186,6 +204,9 @@ def test_not_causal_is_marked(harness_model, adapter, caplog, visibility, label,
     ({"batch_size": 0}, "batch_size=0; give a number"),
     ({"segment_sise": 3}, "unknown argument of lm-eval's model 'hici' 'segment_sise'.* Did you mean 'segment_size'"),
     ({"segment_size": 16}, "segment_size=16 changes nothing in attention full; give attention=hici"),
+    ({"slots": False}, "slots=False changes nothing in attention full; give attention=hici"),
+    ({"attention": "hici", "slots": False, "visibility": "all"}, "visibility=all, but there is no slot to see"),
+    ({"attention": "hici_s2", "visibility": "past"}, "visibility=past, but there is no slot to see"),
     ({"attention": "hci"}, "unknown attention 'hci'.*Did you mean 'hici'"),
     ({"attention": "hici"}, "a plain model: its slots would be fresh random ones"),
     ({"dtype": "int8"}, "dtype='int8' is no floating-point dtype"),
@@ -194,6 +215,15 @@ def test_not_causal_is_marked(harness_model, adapter, caplog, visibility, label,
 def test_refusals_by_name(base_directory, options, message):
     with pytest.raises(ValueError, match=message):
         HiCIModel(str(base_directory), **options)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda", "cpu", None])
+def test_a_machine_without_cuda(base_directory, device, monkeypatch, caplog):
+    """lm-eval's command gives device="cuda:0" everywhere."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING, logger="hici"):
+        assert HiCIModel(str(base_directory), device=device).device.type == "cpu"
+    assert ("torch has no CUDA device here; going on with the CPU" in caplog.text) == str(device).startswith("cuda")
 
 
 def test_refusals_of_a_loaded_model(adapter, tokenizer, adapter_directory, monkeypatch):
@@ -216,9 +246,18 @@ def test_the_callers_tokenizer_stays_as_it_is(adapter, tokenizer):
     assert tokenizer.pad_token_id is None
 
 
-def test_beyond_the_rope_where_it_is_permitted(base_directory):
-    lm = HiCIModel(str(base_directory), max_length=200, allow_beyond_rope=True)
+@pytest.mark.parametrize("attention", ["full", "hici"])
+def test_beyond_the_rope_where_it_is_permitted(harness_model, adapter, tokenizer, attention):
+    lm = harness_model(attention, max_length=200, allow_beyond_rope=True)
     assert lm.max_length == 200
+    prompt = "the old house sings " * 60
+    (found,) = lm.generate_until(requests_of("generate_until", [(prompt, {"until": ["\n"], "max_gen_toks": 9})]))
+    ids = tokenizer.encode(prompt)[-(200 - 9) :]
+    assert len(ids) > 128
+    cache = HiCICache(adapter, allow_beyond_rope=True) if attention == "hici" else None
+    made = get_causal_lm(adapter).generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False, pad_token_id=0,
+                                           past_key_values=cache)  # fmt: skip
+    assert found == tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).split("\n")[0]
 
 
 def test_lm_evals_python_interface(adapter_directory, adapter, tmp_path, monkeypatch):

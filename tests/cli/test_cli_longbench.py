@@ -1,4 +1,4 @@
-"""`hici eval longbench` and `hici score ...`: prompts, cutting, both attentions, going on after a kill, bad input."""
+"""`hici eval longbench`: prompts, cutting, both attentions, going on after a kill, bad input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from conftest import sentences
 from helpers import tiny_model
 from hici.eval.longbench import predict
 from hici.eval.longbench.datasets import get_dataset
@@ -18,6 +17,7 @@ from hici.eval.longbench.samples import evenly_spaced, find_data, read_samples
 from hici.eval.measure import measure
 from hici.models.generate import encode_prompt, generate
 from hici.models.session import Session
+from random_sentences import sentences
 
 SAMPLE = {
     "input": "who sings? {context}", "context": "the cat {input} sings", "answers": ["the cat"], "length": 5,
@@ -164,6 +164,9 @@ def test_samsum_ends_at_a_newline(model, tokenizer, tmp_path, monkeypatch):
     assert samsum == {"max_new_tokens": 128, "stop_tokens": [newline], "min_new_tokens": 1}
     assert one is not two
     assert abs(length - 90) < 5
+    monkeypatch.setattr(tokenizer, "encode", lambda text, add_special_tokens: [])  # one that leaves newlines out
+    measure(prediction_plan(model, tokenizer, {}, chosen, max_length=90))
+    assert calls[-1][2]["stop_tokens"] == []
 
 
 def test_default_length_is_what_the_positions_leave(model, tokenizer, tmp_path):
@@ -312,7 +315,9 @@ def test_nothing_is_overwritten_silently(hici_command, base_directory, data, tmp
     assert done.status == 2
     assert "predictions exists, but" in done.err
     assert other.read_text() == "mine"
-    assert hici_command(*command, "--overwrite").status == 0
+    (other.parent / "lcc.jsonl").touch()
+    done = hici_command(*command, "--overwrite")
+    assert (done.status, "full also holds lcc.jsonl, which are of another result" in done.err) == (0, True)
     assert other.read_text().startswith('{"pred"')
     other.write_text("edited")
     done = hici_command(*command)
@@ -391,49 +396,3 @@ def test_evenly_spaced_samples():
     assert evenly_spaced(200, 4) == [25, 75, 125, 175]
     with pytest.raises(ValueError, match="max_samples=0 is below 1"):
         choose_samples({}, 0)
-
-
-# ---- hici score
-
-
-def test_score_verb(hici_command, tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    lines = [{"pred": "cat", "answers": ["cat"]}, {"pred": "dog", "answers": ["cat"]}, {"answers": ["cat"]}]
-    (folder / "qasper.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "result.json").write_text('{"qasper": 30.0, "lcc": 5}')
-    command = ("score", "longbench", folder, "--output", tmp_path / "scores.json")
-    done = hici_command(*command)
-    assert done.status == 2
-    assert "qasper.jsonl has 1 corrupt of 3 lines (line 3: lacks pred)" in done.err
-    done = hici_command(*command, "--allow-corrupt", "--compare", folder / "result.json", "--verbose")
-    assert done.status == 0, done.err
-    for text in ("33.33", "+3.33", "Corrupt lines, scored 0: 1 (qasper.jsonl line 3: lacks pred)", "qasper (3 of 200)",
-                 "only in", "lcc"):  # fmt: skip
-        assert text in done.out
-    assert "left out: result.json" in done.err
-    result = json.loads((tmp_path / "scores.json").read_text())
-    assert result["scores"] == {"qasper": 33.33}
-    assert result["corrupt_lines"] == [{"file": "qasper.jsonl", "line": 3, "problem": "lacks pred"}]
-    done = hici_command(*command, "--allow-corrupt", "--compare", tmp_path / "scores.json")
-    assert done.status == 0, done.err
-    assert "+0.00" in done.out
-    (folder / "bad.json").write_text('{"qasper": "high"}')
-    done = hici_command("score", "longbench", folder, "--compare", folder / "bad.json")
-    assert (done.status, "holds no {name: score}" in done.err) == (2, True)
-    done = hici_command("score", "longbench", folder, "--overwrite")
-    assert (done.status, "--overwrite is for --output only" in done.err) == (2, True)
-
-
-@pytest.mark.parametrize("kind", ["topics", "lines"])
-def test_score_responses_verb(hici_command, tmp_path, kind):
-    (tmp_path / "5_response.txt").write_text(
-        "Label: 42, Predict: ['it is <42>'], prompt length: 1000\nLabel: 7, Predict: ['none'], prompt length: 900\n"
-    )
-    done = hici_command("score", kind, tmp_path, "--output", tmp_path / "out.json")
-    assert done.status == 0, done.err
-    for text in (f"LongEval {kind}", "900 to 1,000", "50.00"):
-        assert text in done.out
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert result["accuracy"] == {"5": 50.0}
-    assert (result["task"], result["protocol"]["name"]) == ("score", kind)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from helpers import VOCAB, strong_model, tiny_model
 from hici.data.stream import Document
@@ -38,12 +37,19 @@ def log_likelihoods(model, read, predicted):
     return -F.cross_entropy(logits[-len(predicted) :], torch.tensor(predicted), reduction="none").numpy()
 
 
+@pytest.fixture(scope="module")
+def harness_windows():
+    """lm-evaluation-harness's (context, continuation) windows of tokens: (tokens, prefix, context, context_len)."""
+    utils = pytest.importorskip("lm_eval.utils", reason="the harness's own windows: pip install 'hici[lm-eval]'")
+    return lambda *arguments: map(utils.make_disjoint_window, utils.get_rolling_token_windows(*arguments))
+
+
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     context=st.integers(2, 20),
     context_len=st.integers(1, 20),
 )
-def test_strict_windows_are_the_harness_s(lengths, context, context_len):
+def test_strict_windows_are_the_harness_s(harness_windows, lengths, context, context_len):
     """Every window reads and scores what lm-evaluation-harness's rolling windows read and score."""
     context_len = min(context_len, context)
     if max(lengths) < context:
@@ -52,8 +58,7 @@ def test_strict_windows_are_the_harness_s(lengths, context, context_len):
     stream = [token for document in found for token in [0, *document]]
     expected = []
     for document in found:
-        for pair in get_rolling_token_windows(document, 0, context, context_len):
-            left, right = make_disjoint_window(pair)
+        for left, right in harness_windows(document, 0, context, context_len):
             expected.append(((left + right)[:-1], right))
     windows = strict_windows(lengths, context, context - context_len + 1)
     ours = [(stream[w.start : w.stop], stream[w.first : w.last]) for w in windows.chosen]
@@ -63,15 +68,14 @@ def test_strict_windows_are_the_harness_s(lengths, context, context_len):
 
 @pytest.mark.parametrize("stride", [None, 12])
 @pytest.mark.parametrize("attention", ["full", "hici"])
-def test_strict_is_a_sum_over_the_harness_s_windows(attention, stride):
+def test_strict_is_a_sum_over_the_harness_s_windows(harness_windows, attention, stride):
     model, found = strong_model(visibility="past"), documents(70, 20, 45)
     result = run(model, found, "strict", attentions=[attention], stride=stride)
     condition = result["conditions"][0]
     set_attention(model, attention)
     total = 0.0
     for tokens, _ in found:
-        for pair in get_rolling_token_windows(tokens.tolist(), BOS, 32, 1 if stride is None else 32 - stride + 1):
-            left, right = make_disjoint_window(pair)
+        for left, right in harness_windows(tokens.tolist(), BOS, 32, 1 if stride is None else 32 - stride + 1):
             total += log_likelihoods(model, (left + right)[:-1], right).sum()
     assert condition["tokens_scored"] == 70 + 20 + 45
     assert condition["mean_loss"] == pytest.approx(-total / (70 + 20 + 45), abs=1e-6)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hici.eval.longbench import metrics
 from hici.eval.longbench.datasets import DATA_FILE, get_dataset, in_order, load_datasets
-from hici.eval.longbench.predictions import Corrupt, find_predictions, read_predictions
+from hici.eval.longbench.predictions import find_predictions, read_predictions
 from hici.eval.longbench.scorer import METRICS, Scorer
 from hici.eval.longbench.scoring import by_length, percent, score_file, score_plan
 from hici.eval.measure import measure
@@ -317,7 +317,7 @@ def test_a_corrupt_line_is_named(tmp_path, scorer, line, problem):
 )
 def test_what_a_metric_needs(tmp_path, name, changes, problem):
     write(tmp_path / "file.jsonl", GOOD | changes)
-    read, corrupt = read_predictions(tmp_path / "file.jsonl", get_dataset(name), allow_corrupt=True)
+    read, corrupt = read_predictions(tmp_path / "file.jsonl", get_dataset(name))
     assert read == []
     assert corrupt[0].line == 1
     assert problem in corrupt[0].problem
@@ -331,14 +331,26 @@ def test_line_ends_inside_of_texts_end_no_line(tmp_path):
     assert corrupt == []
 
 
-def test_many_corrupt_lines_are_counted(tmp_path):
-    (tmp_path / "x.jsonl").write_text("{\n" * 8)
-    with pytest.raises(ValueError, match=r"8 corrupt of 8 lines .*line 5: .*; and 3 more\)"):
-        read_predictions(tmp_path / "x.jsonl", get_dataset("qasper"))
-    (tmp_path / "x.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"x.jsonl is empty"):
-        read_predictions(tmp_path / "x.jsonl", get_dataset("qasper"))
-    assert Corrupt(1, "x").problem == "x"
+def test_all_corrupt_lines_of_all_files_are_counted_and_named(tmp_path):
+    write(tmp_path / "qasper.jsonl", *[GOOD | {"pred": n} for n in range(2)], GOOD, *[{}] * 7, GOOD | {"pred": 0})
+    write(tmp_path / "musique.jsonl", GOOD)
+    (tmp_path / "lcc.jsonl").write_text("{\n" * 8 + "[" * 100_000)
+    with pytest.raises(ValueError) as caught:
+        score_plan(tmp_path)
+    text = str(caught.value)
+    assert "qasper.jsonl has 10 corrupt of 11 lines (lines 1, 11: pred is 0, no text; line 2: pred is 1, no " in text
+    assert "; lines 4-10: lacks pred and answers)" in text
+    assert "lcc.jsonl has 9 corrupt of 9 lines (lines 1-8: no JSON (" in text
+    assert "; line 9: no JSON (nested too deeply))" in text
+    assert "musique" not in text
+    result = measure(score_plan(tmp_path, allow_corrupt=True))
+    assert result["scores"] == {"qasper": 9.09, "musique": 100.0, "lcc": 0.0}
+    assert [(x["file"], x["line"]) for x in result["corrupt_lines"]] == [
+        *(("qasper.jsonl", n) for n in (1, 2, *range(4, 12))), *(("lcc.jsonl", n) for n in range(1, 10)),
+    ]  # fmt: skip
+    (tmp_path / "qasper.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"qasper.jsonl is empty"):
+        score_plan(tmp_path)
 
 
 def test_directory_of_predictions(tmp_path, caplog):

@@ -53,11 +53,28 @@ def test_corrupt_lines(tmp_path, bad):
     good = "Label: x, Predict: ['x'], prompt length: 5"
     path.write_text(f"{good}\n{bad}\n{good}\n")
     with pytest.raises(ValueError, match=r"5_response.txt has 1 corrupt of 3 lines \(line 2\)"):
-        read_responses(path, "topics")
+        responses_plan(tmp_path, "topics")
     path.write_text(f"{good}\n")
     assert read_responses(path, "topics") == [Response("x", "['x']", 5)]
-    with pytest.raises(ValueError, match=r"1 corrupt of 1 lines \(line 1\), not of the form 'Label: a number"):
-        read_responses(path, "lines")
+    with pytest.raises(ValueError, match=r"1 corrupt of 1 lines \(line 1\), not UTF-8 of the form 'Label: a number"):
+        responses_plan(tmp_path, "lines")
+
+
+def test_all_corrupt_lines_of_all_files_are_counted_and_named(tmp_path):
+    good = "Label: x, Predict: ['x'], prompt length: 5\n"
+    (tmp_path / "5_response.txt").write_bytes(b"Label: \xff\n" + good.encode() + b"bad\n" * 7)
+    (tmp_path / "10_response.txt").write_text(good)
+    (tmp_path / "15_response.txt").write_text("bad\n" + good + f"Label: x, Predict: , prompt length: {'1' * 5000}\n")
+    with pytest.raises(ValueError, match=r"5_response.txt has 8 corrupt of 9 lines \(lines 1, 3-9\); .*"
+                       r"15_response.txt has 2 corrupt of 3 lines \(lines 1, 3\), not"):  # fmt: skip
+        responses_plan(tmp_path, "topics")
+
+
+def test_numbers_of_any_length():
+    """Python's int() refuses more than 4,300 digits, which a model that repeats itself may write."""
+    assert not is_correct("lines", Response("42", f"['{'1' * 5000}']", 5))
+    assert is_correct("lines", Response("042", "['<0042>']", 5))
+    assert not is_correct("lines", Response("42", "['<420>']", 5))
 
 
 def test_bad_places(tmp_path):
@@ -67,7 +84,4 @@ def test_bad_places(tmp_path):
         find_responses(tmp_path)
     (tmp_path / "5_response.txt").write_bytes(b"")
     with pytest.raises(ValueError, match="is empty"):
-        read_responses(tmp_path / "5_response.txt", "topics")
-    (tmp_path / "5_response.txt").write_bytes(b"Label: \xff")
-    with pytest.raises(ValueError, match="is not UTF-8"):
         read_responses(tmp_path / "5_response.txt", "topics")

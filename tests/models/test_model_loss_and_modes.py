@@ -3,13 +3,14 @@
 import peft
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 import hici
 from helpers import difference, logits, random_ids, small_config, tiny_model
+from hici.models import loss
 from hici.models.attach import attach, detach
 from hici.models.lookup import get_decoder
-from hici.models.loss import next_token_losses
+from hici.models.loss import IGNORE, next_token_losses, target_losses, token_scores
 from hici.models.modes import attention_mode, set_attention
 
 IDS = random_ids(1, 30)
@@ -23,6 +24,38 @@ def test_a_head_that_does_more_than_a_product_is_refused():
     wrapped = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="output layer is a .*needs a plain Linear"):
         next_token_losses(wrapped, IDS)
+
+
+def capped_model():
+    """Gemma 2, whose logits are capped, here far below what they reach."""
+    config = Gemma2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+                          num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.5)  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_model, capped_model])
+@pytest.mark.parametrize("rows", [1, 7, 2**20])
+def test_losses_of_targets_and_scores_are_those_of_whole_logits(monkeypatch, make, rows):
+    """In pieces of some rows; targets that are left out, and targets that are no successors."""
+    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", rows * 97)
+    model, targets = make(), random_ids(2, 30, seed=5)
+    ids = random_ids(2, 30)
+    with torch.no_grad():
+        scores = model(ids).logits.double().log_softmax(-1)
+        hidden = get_decoder(model)(ids).last_hidden_state
+    expected = -scores.gather(2, targets[..., None])[..., 0]
+    left_out = torch.rand(targets.shape) < 0.4
+    found = target_losses(model, ids, targets.masked_fill(left_out, IGNORE))
+    torch.testing.assert_close(found.double(), expected.masked_fill(left_out, 0), atol=1e-5, rtol=0)
+    assert target_losses(model, ids, torch.full_like(ids, IGNORE)).tolist() == torch.zeros(2, 30).tolist()
+    likeliest = scores.argmax(-1)
+    mixed = torch.where(left_out, likeliest, targets)
+    values, hits = token_scores(model, hidden.flatten(0, 1), mixed.flatten())
+    torch.testing.assert_close(values.double(), scores.gather(2, mixed[..., None]).flatten(), atol=1e-5, rtol=0)
+    assert hits.tolist() == (mixed == likeliest).flatten().tolist()
+    assert 0 < sum(hits.tolist()) < 60
 
 
 def test_a_model_loaded_in_hici_mode_still_has_a_full_mode():

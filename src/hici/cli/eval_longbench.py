@@ -23,7 +23,8 @@ length: LongBench's prompts and generation lengths, greedy. A prompt of more tha
 middle as LongBench prescribes. The chat template is used only with --chat, and never for few-shot and code prompts.
 
 With --out DIR, predictions are written in LongBench's format too, DIR/predictions/ATTENTION/DATASET.jsonl (with --out
-NAME.json: NAME-predictions/), so that `hici score longbench` and LongBench itself can score them."""
+NAME.json: NAME-predictions/), so that `hici score longbench` and LongBench itself can score them (LongBench-E's files
+are named DATASET.jsonl there, without _e)."""
 
 _EXAMPLES = f"""\
 examples:
@@ -62,8 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
     from hici.eval.longbench.predict import choose_samples, longest_sequence, prediction_plan, write_predictions
     from hici.eval.longbench.samples import find_data
+    from hici.eval.longbench.scorer import Scorer
 
     chosen = choose_samples(find_data(args.data, args.datasets), args.max_samples)
+    for each in chosen.values():
+        Scorer(args.edit_similarity).check(each.dataset)  # before the model: a missing package need not wait for that
     longest = None if args.max_length is None else longest_sequence(chosen, args.max_length)
     loaded = load_for_evaluation(args, longest)
     plan = prediction_plan(

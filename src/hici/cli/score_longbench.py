@@ -25,8 +25,6 @@ examples:
 
 Packages for the scores: pip install 'hici[scores]'"""
 
-_SHOWN = 10  # lines of a kind that are told of on the screen
-
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb."""
@@ -71,6 +69,7 @@ def _print(args: argparse.Namespace, record: dict[str, Any], other: dict[str, fl
 
 def score_notes(record: dict[str, Any]) -> list[str]:
     """What else must be known about the scores: the matcher of code, lines that score 0, incomplete datasets."""
+    from hici.eval.line_numbers import name_problems
     from hici.eval.longbench.datasets import get_dataset
 
     datasets = {name: get_dataset(name) for name in record["metrics"]}
@@ -82,9 +81,10 @@ def score_notes(record: dict[str, Any]) -> list[str]:
     if partial:
         notes.append(f"Not LongBench's number of samples: {', '.join(partial)}.")
     for field, what in (("corrupt_lines", "Corrupt lines, scored 0"), ("unscored", "Not comparable, scored 0")):
-        lines = record[field]
-        if lines:
-            shown = "; ".join(f"{x['file']} line {x['line']}: {x['problem']}" for x in lines[:_SHOWN])
-            more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-            notes.append(f"{what}: {len(lines)} ({shown}{more}).")
+        by_file: dict[str, list[tuple[int, str]]] = {}
+        for each in record[field]:
+            by_file.setdefault(each["file"], []).append((each["line"], each["problem"]))
+        if by_file:
+            shown = "; ".join(f"{file} {name_problems(found)}" for file, found in by_file.items())
+            notes.append(f"{what}: {len(record[field])} ({shown}).")
     return notes

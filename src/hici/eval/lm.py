@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hici.eval.conditions import describe_condition, describe_model
 from hici.eval.measure import Plan
 from hici.models.modes import set_attention
+from hici.models.session import Session
 
 if TYPE_CHECKING:
     from hici.eval.harness.tasks import Tasks
@@ -54,7 +55,7 @@ def lm_plan(
 
     Raises:
         ValueError: several texts at once where segments depend on the batch; a max_length beyond the rope settings; no
-            chat template.
+            chat template; an attention that cannot generate, for a task that needs it.
     """
     from hici.eval.harness.model import HiCIModel
     from hici.eval.harness.tasks import describe_documents, plant_seeds
@@ -66,6 +67,10 @@ def lm_plan(
                              allow_beyond_rope=allow_beyond_rope, progress=False)
         for attention in attentions
     }  # fmt: skip
+    if any(task.OUTPUT_TYPE == "generate_until" for task in tasks.tasks.values()):
+        for attention in attentions:  # told now, and not behind the tasks before
+            set_attention(model, attention)
+            Session(model, allow_beyond_rope=allow_beyond_rope)
     parts = {f"{attention}/{name}": (attention, name) for attention in attentions for name in tasks.tasks}
 
     def measure_part(part: str) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def lm_plan(
 
     return Plan(
         task="lm",
-        protocol=_protocol(tasks, models[attentions[0]], limit, apply_chat_template),
+        protocol=_protocol(tasks, models, limit, apply_chat_template),
         model=describe_model(model, attentions, about, tokenizer),
         data={"tasks": {name: describe_documents(task) for name, task in tasks.tasks.items()}},
         seed=tasks.seeds.few_shot,
@@ -98,13 +103,15 @@ def lm_plan(
     )
 
 
-def _protocol(tasks: Tasks, lm: Any, limit: int | None, apply_chat_template: bool) -> dict[str, Any]:
+def _protocol(tasks: Tasks, models: dict[str, Any], limit: int | None, apply_chat_template: bool) -> dict[str, Any]:
     from hici.eval.harness.tasks import describe_task
 
+    lm = next(iter(models.values()))  # in these settings all are alike
     return {
         "name": NAME,
         "version": importlib.metadata.version("lm_eval"),
         "asked": tasks.asked,
+        "attentions": list(models),
         "tasks": {name: describe_task(task) for name, task in tasks.tasks.items()},
         "limit": limit,
         "batch_size": lm.batch_size,
@@ -145,7 +152,7 @@ def _evaluate(
 
 def _groups(groups: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """The same for groups with a number of their own, from their tasks' results."""
-    results = {name: value["results"] for name, value in values.items()}
+    results = {name: {key: _number(x) for key, x in value["results"].items()} for name, value in values.items()}
     found = {}
     for name, group in groups.items():
         members = [values[task.task_name] for task in group.get_all_tasks()]
@@ -202,3 +209,8 @@ def _json_number(value: Any) -> Any:
     if not math.isfinite(number):
         return str(number)
     return int(value) if isinstance(value, int) else number
+
+
+def _number(value: Any) -> Any:
+    """What `_json_number` made a text of, as the number that it was."""
+    return float(value) if value in ("nan", "inf", "-inf") else value

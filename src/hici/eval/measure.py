@@ -170,7 +170,7 @@ def _found(target: Path, header: dict[str, Any], overwrite: bool) -> tuple[dict[
         for path in _journals(target):
             path.unlink()
         return None, {}
-    if target.exists():
+    if target.exists() and target.stat().st_size:  # an empty file, as mktemp makes them, holds nothing to keep
         return _finished(target, header), {}
     values: dict[str, Any] = {}
     for path in _journals(target):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hici.eval.line_numbers import name_lines
 from hici.eval.measure import Plan
 from hici.files import file_sha256
 
@@ -23,9 +24,8 @@ RULES = {
     LINES: "the last number of the prediction is the label",
 }
 _FILE = re.compile(r"(\d+)_response\.txt")
-_LINE = re.compile(r"Label: (?P<label>.*?), Predict: (?P<predict>.*), prompt length: (?P<tokens>\d+)")
+_LINE = re.compile(r"Label: (?P<label>.*?), Predict: (?P<predict>.*), prompt length: (?P<tokens>\d{1,18})")
 _PARSED = re.compile(r", Parsed: -?\d+$")
-_SHOWN = 5  # corrupt lines that an error tells of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def is_correct(kind: str, response: Response) -> bool:
     if kind == TOPICS:
         return response.label.lower() in response.predict.lower()
     numbers = re.findall(r"\d+", _PARSED.sub("", response.predict))
-    return bool(numbers) and int(numbers[-1]) == int(response.label)
+    return bool(numbers) and numbers[-1].lstrip("0") == response.label.lstrip("0")  # as text: of any length
 
 
 def find_responses(directory: str | Path) -> dict[str, Path]:
@@ -64,44 +64,42 @@ def find_responses(directory: str | Path) -> dict[str, Path]:
     return dict(sorted(found.items(), key=lambda item: int(item[0])))
 
 
-def read_responses(path: str | Path, kind: str) -> list[Response]:
-    """All samples of a file.
-
-    Raises:
-        ValueError: an empty file; no UTF-8; lines that are no responses, by number.
-    """
+def read_responses(path: str | Path, kind: str) -> list[Response | None]:
+    """All samples of a file; None for a line that is no response. Raises ValueError for an empty file."""
     path = Path(path)
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it, for example with iconv") from error
+    lines = path.read_bytes().split(b"\n")
     if not lines[-1]:
         lines.pop()
     if not lines:
         raise ValueError(f"{path} is empty; it should hold one response a line")
-    read = [_response(line.removesuffix("\r"), kind) for line in lines]
-    corrupt = [str(number) for number, response in enumerate(read, start=1) if response is None]
-    if corrupt:
-        shown = ", ".join(corrupt[:_SHOWN]) + (", ..." if len(corrupt) > _SHOWN else "")
+    return [_response(line.removesuffix(b"\r"), kind) for line in lines]
+
+
+def refuse_corrupt(read: dict[Path, list[Response | None]], kind: str) -> None:
+    """Raise ValueError, naming every corrupt line of every file, unless there is none."""
+    told = []
+    for path, responses in read.items():
+        corrupt = [number for number, response in enumerate(responses, start=1) if response is None]
+        if corrupt:
+            told.append(f"{path} has {len(corrupt)} corrupt of {len(responses)} lines ({name_lines(corrupt)})")
+    if told:
         label = "a number" if kind == LINES else "..."
-        raise ValueError(
-            f"{path} has {len(corrupt)} corrupt of {len(lines)} lines (line {shown}), not of the form 'Label: {label}, "
-            "Predict: ..., prompt length: N'; restore them"
-        )
-    return [response for response in read if response is not None]
+        raise ValueError(f"{'; '.join(told)}, not UTF-8 of the form 'Label: {label}, Predict: ..., prompt length: N'; "
+                         "restore them")  # fmt: skip
 
 
 def responses_plan(directory: str | Path, kind: str) -> Plan:
     """Accuracy for every number of topics or lines. The result's `accuracy` is {N: percent}.
 
     Raises:
-        ValueError: see `find_responses` and `read_responses`.
+        ValueError: see `find_responses`; an empty file; corrupt lines of all files.
     """
     files = find_responses(directory)
     read = {name: read_responses(path, kind) for name, path in files.items()}
+    refuse_corrupt({files[name]: responses for name, responses in read.items()}, kind)
 
     def measure_part(name: str) -> dict[str, Any]:
-        responses = read[name]
+        responses = [response for response in read[name] if response is not None]
         tokens = [response.prompt_tokens for response in responses]
         correct = [is_correct(kind, response) for response in responses]
         return {
@@ -131,8 +129,11 @@ def responses_plan(directory: str | Path, kind: str) -> Plan:
     )  # fmt: skip
 
 
-def _response(line: str, kind: str) -> Response | None:
-    match = _LINE.fullmatch(line)
+def _response(line: bytes, kind: str) -> Response | None:
+    try:
+        match = _LINE.fullmatch(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return None
     if match is None or not match["label"].strip() or (kind == LINES and not match["label"].isdecimal()):
         return None
     return Response(match["label"], match["predict"], int(match["tokens"]))

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from hici.adapters.open import model_kind, open_model, open_tokenizer
 from hici.eval.conditions import attention_label, describe_condition
+from hici.models.cache import HiCICache
 from hici.models.load import floating_dtype
-from hici.models.lookup import FULL, attention_mode, get_causal_lm, get_decoder, hici_config
+from hici.models.lookup import FULL, HICI, attention_mode, get_causal_lm, get_decoder, hici_config
 from hici.models.loss import token_scores
 from hici.models.modes import ATTENTIONS, leaks_future, set_attention
 from hici.processes import world_size
@@ -111,6 +112,7 @@ class HiCIModel(HFLM):
         self._model = lm.eval()  # with the adapters in it
         self.pretrained = lm.config.name_or_path
         self.progress = progress
+        self._allow_beyond_rope = allow_beyond_rope
         self.truncated = 0
         if leaks_future(model):
             logger.warning(
@@ -129,6 +131,13 @@ class HiCIModel(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As in lm-eval: (log-likelihood of the continuation in nats, whether greedy decoding gives it)."""
+        for request in requests:
+            context, continuation = request.args
+            if context == "" and not self.tok_encode(continuation, add_special_tokens=False):
+                raise ValueError(
+                    f"the task {request.task_name} scores {continuation!r} behind an empty text, which are no tokens; "
+                    "look for an empty text in the task's data"
+                )
         return list(super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.progress))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -147,6 +156,13 @@ class HiCIModel(HFLM):
         with torch.no_grad():
             return list(super().generate_until(requests, disable_tqdm=disable_tqdm or not self.progress))
 
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Any:
+        """As in lm-eval; in bounded memory also beyond the rope, where that is permitted."""
+        bounded = attention_mode(self.model) == HICI and hici_config(self.model).bounded_decode
+        if self._allow_beyond_rope and bounded:
+            settings["past_key_values"] = HiCICache(self.model, allow_beyond_rope=True)
+        return super()._model_generate(context, max_length, stop, **settings)
+
     def tok_batch_encode(
         self,
         strings: list[str],
@@ -156,6 +172,10 @@ class HiCIModel(HFLM):
     ) -> tuple[Tensor, Tensor]:
         """As in lm-eval; prompts that are cut are counted."""
         ids_BT, mask_BT = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if not mask_BT.any(1).all():
+            empty = strings[int(mask_BT.any(1).long().argmin())]
+            raise ValueError(f"the prompt {empty!r} has no tokens, so nothing can follow it; look for an empty text in "
+                             "the task's data")  # fmt: skip
         if left_truncate_len is not None and ids_BT.shape[1] > left_truncate_len:
             assert padding_side == "left", "prompts are padded on the left"
             self._count_truncated(int(mask_BT[:, :-left_truncate_len].any(1).sum()))
@@ -282,10 +302,7 @@ def _opened(name: str, attention: str, dtype: str, device: str | None, opening: 
         )
     if attention not in ATTENTIONS:
         raise ValueError(suggest(attention, ATTENTIONS, "attention"))
-    segments = [each for each in ("segment_size", "num_segments", "visibility") if opening.get(each) is not None]
-    if attention == FULL and segments:
-        raise ValueError(f"{segments[0]}={opening[segments[0]]} changes nothing in attention full; give "
-                         "attention=hici, or drop it")  # fmt: skip
+    _check_slots(attention, opening)
     floating_dtype(dtype)
     kind = model_kind(name)
     model = open_model(
@@ -293,10 +310,33 @@ def _opened(name: str, attention: str, dtype: str, device: str | None, opening: 
         kind,
         (attention,),
         dtype=None if dtype == "auto" else dtype,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=_checked_device(device),
         **opening,
     )
     return model, open_tokenizer(name, kind, opening.get("base_model"))
+
+
+def _checked_device(device: str | None) -> str:
+    """Where there is no CUDA device, the CPU, as with lm-eval's `hf`: its command asks for "cuda:0" by itself."""
+    if torch.cuda.is_available():
+        return device or "cuda"
+    if device is not None and device.startswith("cuda"):
+        logger.warning("device %s: torch has no CUDA device here; going on with the CPU", device)
+        return "cpu"
+    return device or "cpu"
+
+
+def _check_slots(attention: str, opening: dict[str, Any]) -> None:
+    """Raise ValueError for settings of segments and slots that would change nothing."""
+    slots = opening.get("slots", True)
+    names = ("segment_size", "num_segments", "visibility")
+    given = [f"{name}={opening[name]}" for name in names if opening.get(name) is not None]
+    given += [] if slots else ["slots=False"]
+    if given and attention == FULL:
+        raise ValueError(f"{given[0]} changes nothing in attention full; give attention=hici, or drop it")
+    if opening.get("visibility") is not None and (attention != HICI or not slots):
+        raise ValueError(f"visibility={opening['visibility']}, but there is no slot to see; drop it, or give "
+                         "attention=hici without slots=False")  # fmt: skip
 
 
 def _refuse_for_loaded(tokenizer: Any, opening: dict[str, Any]) -> None:

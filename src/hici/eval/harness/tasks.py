@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +125,7 @@ def load_tasks(
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        _check_examples(name, task)
     return found
 
 
@@ -153,12 +154,14 @@ def describe_task(task: Any) -> dict[str, Any]:
 
 
 def describe_documents(task: Any) -> dict[str, Any]:
-    """How many documents a task has, and the hash of their contents as the task sees them."""
-    digest, count = hashlib.sha256(), 0
-    for document in task.eval_docs:
-        digest.update(_stable_json(document).encode() + b"\n")
-        count += 1
-    return {"documents": count, "sha256": digest.hexdigest()}
+    """How many documents a task has, and the hash of their contents as the task sees them; the same of those that
+    examples are chosen from, where there are examples."""
+    count, digest = _count_and_hash(task.eval_docs)
+    described: dict[str, Any] = {"documents": count, "sha256": digest}
+    if task.get_config("num_fewshot"):
+        count, digest = _count_and_hash(_example_documents(task))
+        described |= {"example_documents": count, "example_sha256": digest}
+    return described
 
 
 def _load(manager: TaskManager, name: str) -> dict[str, Any]:
@@ -172,6 +175,34 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
             "network its data must lie in the cache of `datasets` (HF_HOME), or in local files that a task of your own "
             "names (dataset_path: json, dataset_kwargs: data_files; --include-path)"
         ) from error
+
+
+def _check_examples(name: str, task: Any) -> None:
+    """Raise ValueError where there are fewer documents than examples are asked for."""
+    wanted = task.get_config("num_fewshot")
+    if not wanted:
+        return
+    available = len(_example_documents(task))
+    split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
+    if split is not None and split == task.get_config("test_split"):
+        available -= 1  # the question is none of its own examples
+    if wanted > available:
+        raise ValueError(f"task {name!r} with {wanted} examples (--num-fewshot), but it has {available} documents to "
+                         "take them from; give no more than that")  # fmt: skip
+
+
+def _example_documents(task: Any) -> list[Any]:
+    """What examples are drawn from."""
+    sampler = getattr(task, "sampler", None)  # has read them already
+    return list((task.fewshot_docs() if sampler is None else sampler.df) or ())
+
+
+def _count_and_hash(documents: Iterable[Any]) -> tuple[int, str]:
+    digest, count = hashlib.sha256(), 0
+    for document in documents:
+        digest.update(_stable_json(document).encode() + b"\n")
+        count += 1
+    return count, digest.hexdigest()
 
 
 def _file_kind(name: str) -> Kind | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from hici.models.lookup import get_causal_lm
 from hici.models.modes import set_attention
 from hici.models.session import Session
 from hici.rope import check_context
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,12 @@ def write_predictions(
 ) -> list[Path]:
     """Write a result's predictions as LongBench does: DIRECTORY/ATTENTION/DATASET.jsonl. Returns the folders.
 
+    Other predictions that lie in these folders, of an earlier result, stay and are named in a warning.
+
     Raises:
         ValueError: a file is there with other content.
     """
-    folders: list[Path] = []
+    folders: dict[Path, list[Path]] = {}
     for condition in record["conditions"]:
         samples = chosen[condition["dataset"]].samples
         lines = (prediction_record(each["pred"], samples[each["index"]]) for each in condition["predictions"])
@@ -137,8 +142,13 @@ def write_predictions(
             raise ValueError(f"{path} exists with other content, and nothing is overwritten silently; give another "
                              "--out or --overwrite")  # fmt: skip
         write_text(path, text)
-        folders += [folder] if folder not in folders else []
-    return folders
+        folders.setdefault(folder, []).append(path)
+    for folder, written in folders.items():
+        others = sorted(path.name for path in folder.glob("*.jsonl") if path not in written)
+        if others:
+            logger.warning("%s also holds %s, which are of another result; delete them before the folder is scored",
+                           folder, ", ".join(others))  # fmt: skip
+    return list(folders)
 
 
 def folder_name(condition: dict[str, Any]) -> str:
@@ -219,7 +229,7 @@ class _Run:
             self.tokenizer,
             prompt.ids,
             max_new_tokens=dataset.max_new_tokens,
-            stop_tokens=[self._newline()] if dataset.stop_at_newline else [],
+            stop_tokens=self._newline() if dataset.stop_at_newline else [],
             min_new_tokens=1 if dataset.stop_at_newline else 0,
         )
         scored = self.scorer.score(dataset, done.text, sample["answers"], sample["all_classes"])
@@ -262,5 +272,6 @@ class _Run:
     def _session(self) -> Session:
         return Session(self.model, allow_beyond_rope=self.allow_beyond_rope)
 
-    def _newline(self) -> int:
-        return int(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
+    def _newline(self) -> list[int]:
+        """As LongBench takes it, the last token of a newline; none where the tokenizer leaves newlines out."""
+        return [int(token) for token in self.tokenizer.encode("\n", add_special_tokens=False)[-1:]]

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hici.eval.line_numbers import name_problems
 from hici.eval.longbench.datasets import Dataset, get_dataset, in_order
 from hici.eval.longbench.scorer import answer_problem
 
 logger = logging.getLogger(__name__)
 
 _JOURNAL = re.compile(r".*\.partial-\d+\.jsonl")  # of an interrupted scoring whose result goes into the same directory
-_SHOWN = 5  # corrupt lines that an error tells of
+_SHOWN = 40  # letters of a wrong value that an error shows
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,8 @@ def find_predictions(directory: str | Path) -> dict[str, Path]:
     return {name: by_name[name] for name in in_order(by_name)}
 
 
-def read_predictions(
-    path: str | Path, dataset: Dataset, *, allow_corrupt: bool = False
-) -> tuple[list[Prediction], list[Corrupt]]:
-    """All samples of a file, and its corrupt lines.
-
-    Raises:
-        ValueError: an empty file; corrupt lines, unless they are allowed.
-    """
+def read_predictions(path: str | Path, dataset: Dataset) -> tuple[list[Prediction], list[Corrupt]]:
+    """All samples of a file, and its corrupt lines. Raises ValueError for an empty file."""
     path = Path(path)
     lines = path.read_bytes().split(b"\n")  # bytes: only \n ends a line, since JSON text may hold other line ends
     if not lines[-1]:
@@ -75,15 +70,24 @@ def read_predictions(
     if not lines:
         raise ValueError(f"{path} is empty; it should hold one prediction a line")
     read = [_prediction(number, line, dataset) for number, line in enumerate(lines, start=1)]
-    corrupt = [each for each in read if isinstance(each, Corrupt)]
-    if corrupt and not allow_corrupt:
-        shown = "; ".join(f"line {each.line}: {each.problem}" for each in corrupt[:_SHOWN])
-        more = f"; and {len(corrupt) - _SHOWN} more" if len(corrupt) > _SHOWN else ""
+    return (
+        [each for each in read if isinstance(each, Prediction)],
+        [each for each in read if isinstance(each, Corrupt)],
+    )
+
+
+def refuse_corrupt(found: dict[Path, tuple[int, list[Corrupt]]]) -> None:
+    """Raise ValueError, naming every corrupt line, unless there is none. `found`: {file: (all its lines, corrupt)}."""
+    told = [
+        f"{path} has {len(corrupt)} corrupt of {lines} lines ({name_problems(corrupt)})"
+        for path, (lines, corrupt) in found.items()
+        if corrupt
+    ]
+    if told:
         raise ValueError(
-            f"{path} has {len(corrupt)} corrupt of {len(lines)} lines ({shown}{more}); restore them, or give "
-            "--allow-corrupt (allow_corrupt=True) to score them as 0 and list them in the result"
+            f"{'; '.join(told)}; restore them, or give --allow-corrupt (allow_corrupt=True) to score them as 0 and "
+            "list them in the result"
         )
-    return [each for each in read if isinstance(each, Prediction)], corrupt
 
 
 def prediction_record(pred: str, sample: dict[str, Any]) -> dict[str, Any]:
@@ -94,19 +98,26 @@ def prediction_record(pred: str, sample: dict[str, Any]) -> dict[str, Any]:
 def _prediction(number: int, line: bytes, dataset: Dataset) -> Prediction | Corrupt:
     try:
         values = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one
-        return Corrupt(number, f"no JSON ({error})" if line.strip() else "empty")
+    except (ValueError, RecursionError) as error:
+        return Corrupt(number, f"no JSON ({_reason(error)})" if line.strip() else "empty")
     if not isinstance(values, dict):
         return Corrupt(number, "no JSON object")
     missing = [key for key in ("pred", "answers") if key not in values]
     if missing:
         return Corrupt(number, f"lacks {' and '.join(missing)}")
     if not isinstance(values["pred"], str):
-        return Corrupt(number, f"pred is {values['pred']!r}, no text")
+        return Corrupt(number, f"pred is {str(values['pred'])[:_SHOWN]}, no text")
     length = values.get("length")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 0):
-        return Corrupt(number, f"length is {length!r}, no number of words")
+        return Corrupt(number, f"length is {repr(length)[:_SHOWN]}, no number of words")
     problem = answer_problem(dataset, values["answers"], values.get("all_classes"))
     if problem is not None:
         return Corrupt(number, problem)
     return Prediction(number, values["pred"], values["answers"], values.get("all_classes"), length)
+
+
+def _reason(error: Exception) -> str:
+    """Without a place in the line, so that lines with the same fault are told of together."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return {UnicodeDecodeError: "no UTF-8", RecursionError: "nested too deeply"}.get(type(error), str(error))

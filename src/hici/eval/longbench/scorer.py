@@ -158,7 +158,11 @@ def answer_problem(dataset: Dataset, answers: Any, classes: Any) -> str | None:
         return "all_classes is empty, but a classification needs the classes"
     pattern = _PARAGRAPH.get(dataset.metric)
     wrong = next((answer for answer in answers if pattern and not pattern.search(answer)), None)
-    return None if wrong is None else f"the answer {wrong!r} names no paragraph ({pattern.pattern if pattern else ''})"
+    return (
+        None
+        if wrong is None
+        else f"the answer {wrong[:40]!r} names no paragraph ({pattern.pattern if pattern else ''})"
+    )
 
 
 def _texts(value: Any) -> bool:

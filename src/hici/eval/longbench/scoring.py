@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hici.eval.longbench.datasets import get_dataset
-from hici.eval.longbench.predictions import find_predictions, read_predictions
+from hici.eval.longbench.predictions import find_predictions, read_predictions, refuse_corrupt
 from hici.eval.longbench.scorer import Scorer
 from hici.eval.measure import Plan
 from hici.files import file_sha256
@@ -42,11 +42,13 @@ def score_file(path: str | Path, name: str, scorer: Scorer, *, allow_corrupt: bo
         of {"file", "line", "problem"}.
 
     Raises:
-        ValueError: see `read_predictions`; a package that is missing.
+        ValueError: an empty file; corrupt lines, unless they are allowed; a package that is missing.
     """
     dataset = get_dataset(name)
     scorer.check(dataset)
-    predictions, corrupt = read_predictions(path, dataset, allow_corrupt=allow_corrupt)
+    predictions, corrupt = read_predictions(path, dataset)
+    if not allow_corrupt:
+        refuse_corrupt({Path(path): (len(predictions) + len(corrupt), corrupt)})
     scored = [scorer.score(dataset, each.pred, each.answers, each.classes) for each in predictions]
     scores = [each.score for each in scored]
     return {
@@ -67,14 +69,20 @@ def score_plan(directory: str | Path, *, edit_similarity: str = "levenshtein", a
     """Scores of one model's folder of predictions. The result's `scores` is {dataset: score}.
 
     Raises:
-        ValueError: see `find_predictions`, `read_predictions` and `Scorer`; a package that is missing.
+        ValueError: see `find_predictions` and `Scorer`; an empty file; corrupt lines of all files, unless they are
+            allowed; a package that is missing.
     """
     files = find_predictions(directory)
     scorer = Scorer(edit_similarity)
     datasets = [get_dataset(name) for name in files]
-    for path, dataset in zip(files.values(), datasets, strict=True):
+    for dataset in datasets:
         scorer.check(dataset)
-        read_predictions(path, dataset, allow_corrupt=allow_corrupt)  # what is wrong is told before work begins
+    found = {}  # what is wrong is told before work begins
+    for path, dataset in zip(files.values(), datasets, strict=True):
+        predictions, corrupt = read_predictions(path, dataset)
+        found[path] = (len(predictions) + len(corrupt), corrupt)
+    if not allow_corrupt:
+        refuse_corrupt(found)
 
     def summarise(parts: dict[str, Any]) -> dict[str, Any]:
         return {
