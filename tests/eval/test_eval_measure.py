@@ -117,6 +117,17 @@ def test_another_version_of_hici_is_another_measurement(tmp_path, monkeypatch):
         measure(plan(), tmp_path / "a.json")
 
 
+def test_a_kill_behind_the_result_leaves_nothing_for_long(tmp_path):
+    with pytest.raises(StoppedError):
+        measure(plan("part 6"), tmp_path / "a.json")
+    journal = tmp_path / "a.partial-0.jsonl"
+    kept = journal.read_bytes()
+    first = measure(plan(), tmp_path / "a.json")
+    journal.write_bytes(kept)
+    assert measure(plan(), tmp_path / "a.json") == first
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_files_of_others_are_not_touched(tmp_path):
     (tmp_path / "a.json").write_text('{"mine": 1}')
     with pytest.raises(ValueError, match=r"a\.json exists and is no result; nothing is overwritten silently"):

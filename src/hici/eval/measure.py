@@ -171,7 +171,10 @@ def _found(target: Path, header: dict[str, Any], overwrite: bool) -> tuple[dict[
             path.unlink()
         return None, {}
     if target.exists() and target.stat().st_size:  # an empty file, as mktemp makes them, holds nothing to keep
-        return _finished(target, header), {}
+        result = _finished(target, header)
+        for path in _journals(target):  # of a run that was killed behind writing the result
+            path.unlink()
+        return result, {}
     values: dict[str, Any] = {}
     for path in _journals(target):
         values |= _read_journal(path, header)
